@@ -1,0 +1,107 @@
+"""Condition types, reasons and the pure function that sets a condition."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from tunewright_api.base import StatusModel
+
+
+class ConditionType(enum.StrEnum):
+    """Conditions of a FineTuneJob; all are present from the first visit on."""
+
+    ACCEPTED = "Accepted"
+    """The spec is usable."""
+    SUSPENDED = "Suspended"
+    """There are no pods, by request."""
+    PODS_READY = "PodsReady"
+    """The pod of the current attempt runs."""
+    COMPLETE = "Complete"
+    """Succeeded; terminal."""
+    FAILED = "Failed"
+    """Gave up; terminal."""
+    READY = "Ready"
+    """The result is published and usable (kstatus)."""
+    STALLED = "Stalled"
+    """Will not go on without a person (kstatus)."""
+
+
+class Reason(enum.StrEnum):
+    """Reasons in conditions and events that the operator itself gives; the trainer's come from `exit_codes`."""
+
+    PENDING = "Pending"
+    VALIDATED = "Validated"
+    INVALID_SPEC = "InvalidSpec"
+    NOT_SUSPENDED = "NotSuspended"
+    USER_SUSPENDED = "UserSuspended"
+    RESUMED = "Resumed"
+    WAITING_FOR_PODS = "WaitingForPods"
+    ALL_READY = "AllReady"
+    UNSCHEDULABLE = "Unschedulable"
+    IMAGE_PULL_FAILED = "ImagePullFailed"
+    CONFIG_ERROR = "ConfigError"
+    """The container cannot be created, most often because a Secret is missing."""
+    RESTARTING = "Restarting"
+    IN_PROGRESS = "InProgress"
+    SUCCEEDED = "Succeeded"
+    CACHED = "Cached"
+    """A result with the same run key was there already; nothing was trained."""
+    ARTIFACT_PUBLISHED = "ArtifactPublished"
+    JOB_CREATED = "JobCreated"
+    STARTED = "Started"
+    OUT_OF_MEMORY = "OutOfMemory"
+    """The container was killed for going over its memory limit."""
+    EVICTED = "Evicted"
+    PREEMPTED = "Preempted"
+    NODE_LOST = "NodeLost"
+    POD_DELETED = "PodDeleted"
+    JOB_DELETED = "JobDeleted"
+    BACKOFF_LIMIT_EXCEEDED = "BackoffLimitExceeded"
+    DEADLINE_EXCEEDED = "DeadlineExceeded"
+    NAME_CONFLICT = "NameConflict"
+    """An object of the Job's name exists and belongs to somebody else."""
+    FORBIDDEN = "Forbidden"
+    """The API server refused the Job: quota, admission policy, Pod Security."""
+    OUTPUT_MISSING = "OutputMissing"
+    """The pod ended well but left no report of a published result."""
+
+
+class Condition(StatusModel):
+    """One entry of `status.conditions`, as the Kubernetes API conventions define it."""
+
+    type: str
+    status: Literal["True", "False", "Unknown"]
+    reason: Annotated[str, Field(max_length=128)]
+    message: Annotated[str, Field(max_length=4096)] = ""
+    last_transition_time: str
+    observed_generation: int | None = None
+
+
+def set_condition(conditions: Sequence[Condition], new: Condition) -> list[Condition]:
+    """Return `conditions` with `new` in place of the one of its type.
+
+    `lastTransitionTime` moves only when `status` does, so a changed message does not look like a transition.
+    """
+    result = list(conditions)
+    for index, old in enumerate(result):
+        if old.type == new.type:
+            if old.status == new.status:
+                new = new.model_copy(update={"last_transition_time": old.last_transition_time})
+            result[index] = new
+            return result
+    return [*result, new]
+
+
+def find_condition(conditions: Sequence[Condition], kind: ConditionType) -> Condition | None:
+    """Return the condition of a type, or None before the first visit."""
+    return next((c for c in conditions if c.type == kind), None)
+
+
+def is_true(conditions: Sequence[Condition], kind: ConditionType) -> bool:
+    """Tell whether a condition is there and true."""
+    condition = find_condition(conditions, kind)
+    return condition is not None and condition.status == "True"

@@ -1,0 +1,206 @@
+"""Generate the CRD from the models: `python -m tunewright_api.crd --write|--check`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from tunewright_api import GROUP, VERSION
+from tunewright_api.v1alpha1.finetunejob import KIND, PLURAL, FineTuneJob, FineTuneJobSpec
+from tunewright_api.v1alpha1.status import FineTuneJobStatus
+
+CRD_PATH = Path("crds/finetunejobs.yaml")
+CHART_PATH = Path("charts/tunewright/templates/crd-finetunejobs.yaml")
+
+# name, type, JSONPath, priority (1 = only with -o wide)
+COLUMNS = (
+    ("State", "string", ".status.phase", 0),
+    ("Progress", "string", ".status.progress.percent", 0),
+    ("Loss", "string", ".status.progress.loss", 0),
+    ("ETA", "string", ".status.progress.etaSeconds", 0),
+    ("Model", "string", ".spec.model.uri", 1),
+    ("Method", "string", ".spec.method.type", 1),
+    ("Attempt", "integer", ".status.attempt", 1),
+    ("Output", "string", ".status.output.uri", 1),
+    ("Reason", "string", ".status.failure.reason", 1),
+    ("Age", "date", ".metadata.creationTimestamp", 0),
+)
+
+_KEPT = (
+    "type", "format", "description", "enum", "default", "pattern", "minimum", "maximum", "minLength", "maxLength",
+    "minItems", "maxItems", "required", "x-kubernetes-validations", "x-kubernetes-int-or-string",
+    "x-kubernetes-preserve-unknown-fields", "x-kubernetes-list-type", "x-kubernetes-list-map-keys",
+)  # fmt: skip
+
+
+def structural(schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
+    """Turn pydantic's JSON schema into a structural schema: references inlined, nullable unions unwrapped."""
+    if "$ref" in schema:
+        target = definitions[schema["$ref"].rsplit("/", 1)[1]]
+        schema = {**target, **{k: v for k, v in schema.items() if k != "$ref"}}
+    options = [o for o in schema.get("anyOf", []) if o.get("type") != "null"]
+    if len(options) == 1:
+        schema = {
+            **{k: v for k, v in schema.items() if k not in ("anyOf", "default")},
+            **_described(options[0], schema),
+        }
+        return structural(schema, definitions)
+    result = {k: v for k, v in schema.items() if k in _KEPT}
+    if len(options) > 1:
+        result["anyOf"] = options
+    if "const" in schema:
+        result["enum"] = [schema["const"]]
+    if result.get("default", 0) is None:
+        del result["default"]
+    for bound, kept in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
+        if bound in schema:
+            result[kept], result[bound] = schema[bound], True
+    if "enum" in result and "type" not in result:
+        result["type"] = "integer" if isinstance(result["enum"][0], int) else "string"
+    if "properties" in schema:
+        result["properties"] = {k: structural(v, definitions) for k, v in schema["properties"].items()}
+    extra = schema.get("additionalProperties")
+    if isinstance(extra, dict):
+        result["additionalProperties"] = structural(extra, definitions)
+        result["maxProperties"] = schema.get("maxProperties", schema.get("maxLength", 64))
+        result.pop("maxLength", None)
+    elif extra is True:
+        result["x-kubernetes-preserve-unknown-fields"] = True
+    if "prefixItems" in schema:
+        # A tuple: structural schemas know only one type for all items.
+        result["items"] = {"type": "number"}
+    elif "items" in schema:
+        result["items"] = structural(schema["items"], definitions)
+    return result
+
+
+def _described(option: dict[str, Any], outer: dict[str, Any]) -> dict[str, Any]:
+    """Keep the field's own description where the type it names has one too."""
+    if "description" in outer:
+        return {k: v for k, v in option.items() if k != "description"}
+    return option
+
+
+def _schema_of(model: type[BaseModel], description: str) -> dict[str, Any]:
+    schema = model.model_json_schema(by_alias=True)
+    result = structural({k: v for k, v in schema.items() if k != "$defs"}, schema.get("$defs", {}))
+    return {**result, "description": description}
+
+
+def _drop_defaults(schema: dict[str, Any]) -> dict[str, Any]:
+    """Remove defaults: the API server must not fill in a status that the operator left out."""
+    result = {k: v for k, v in schema.items() if k != "default"}
+    if "properties" in result:
+        result["properties"] = {k: _drop_defaults(v) for k, v in result["properties"].items()}
+    if "items" in result:
+        result["items"] = _drop_defaults(result["items"])
+    return result
+
+
+def finetunejob_crd() -> dict[str, Any]:
+    """Return the CustomResourceDefinition of FineTuneJob."""
+    spec = _schema_of(FineTuneJobSpec, "What to train and where to put it.")
+    spec["x-kubernetes-validations"] = [
+        *spec.get("x-kubernetes-validations", []),
+        *FineTuneJobSpec.transition_rules(),
+    ]
+    status = _drop_defaults(_schema_of(FineTuneJobStatus, "What the operator observed."))
+    status["required"] = []
+    conditions = status["properties"]["conditions"]
+    conditions["x-kubernetes-list-type"] = "map"
+    conditions["x-kubernetes-list-map-keys"] = ["type"]
+    schema = {
+        "type": "object",
+        "description": "A fine-tuning run.",
+        "required": ["spec"],
+        "properties": {
+            "apiVersion": {"type": "string"},
+            "kind": {"type": "string"},
+            "metadata": {"type": "object"},
+            "spec": spec,
+            "status": {k: v for k, v in status.items() if v != []},
+        },
+        "x-kubernetes-validations": [{"rule": r.cel, "message": r.message} for r in FineTuneJob.RULES],
+    }
+    columns = [
+        {"name": name, "type": kind, "jsonPath": path, **({"priority": priority} if priority else {})}
+        for name, kind, path, priority in COLUMNS
+    ]
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"{PLURAL}.{GROUP}"},
+        "spec": {
+            "group": GROUP,
+            "scope": "Namespaced",
+            "names": {
+                "kind": KIND,
+                "listKind": f"{KIND}List",
+                "plural": PLURAL,
+                "singular": KIND.lower(),
+                "shortNames": ["ftj"],
+                "categories": ["tunewright"],
+            },
+            "versions": [
+                {
+                    "name": VERSION,
+                    "served": True,
+                    "storage": True,
+                    "subresources": {"status": {}},
+                    "additionalPrinterColumns": columns,
+                    "schema": {"openAPIV3Schema": schema},
+                }
+            ],
+        },
+    }
+
+
+def render() -> dict[Path, str]:
+    """Return the generated files by path: the plain CRD, and the same as a chart template with a keep policy."""
+    import yaml
+
+    crd = finetunejob_crd()
+    head = "# Generated by `make generate` from operator/tunewright_api; do not edit.\n"
+    plain = head + yaml.safe_dump(crd, sort_keys=False, width=110, allow_unicode=True)
+    body = yaml.safe_dump(crd["spec"], sort_keys=False, width=110, allow_unicode=True)
+    template = (
+        head
+        + "{{- if .Values.crds.enabled }}\n"
+        + "apiVersion: apiextensions.k8s.io/v1\nkind: CustomResourceDefinition\nmetadata:\n"
+        + f"  name: {PLURAL}.{GROUP}\n"
+        + '  labels:\n    {{- include "tunewright.labels" . | nindent 4 }}\n'
+        + "  {{- if .Values.crds.keep }}\n  annotations:\n    helm.sh/resource-policy: keep\n  {{- end }}\n"
+        + "spec:\n"
+        + "".join(f"  {line}\n" if line else "\n" for line in body.splitlines())
+        + "{{- end }}\n"
+    )
+    if "{{" in body:
+        raise AssertionError("the CRD's text may not look like a Helm template")
+    return {CRD_PATH: plain, CHART_PATH: template}
+
+
+def main() -> int:
+    """Write the generated files, or check that the committed ones are up to date."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--write", action="store_true", help="write the files")
+    mode.add_argument("--check", action="store_true", help="fail when a committed file differs")
+    arguments = parser.parse_args()
+    stale = []
+    for path, text in render().items():
+        if arguments.write:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        elif not path.exists() or path.read_text() != text:
+            stale.append(path)
+    for path in stale:
+        print(f"{path} is out of date: run `make generate`", file=sys.stderr)
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""TrainRun: the one document that tells the trainer its task, and the key that names a run by its content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from tunewright_api.base import OutputUri, SpecModel, seconds_of
+from tunewright_api.defaults import (
+    ResolvedEvaluation,
+    ResolvedHyperparameters,
+    ResolvedLoRA,
+    resolve_evaluation,
+    resolve_hyperparameters,
+    resolve_lora,
+)
+from tunewright_api.v1alpha1.finetunejob import FineTuneJobSpec, Resources
+from tunewright_api.v1alpha1.parts import Dataset, MethodType, Model, Quantization
+
+RUN_ENVIRONMENT_VARIABLE = "TUNEWRIGHT_RUN"
+MAX_RUN_BYTES = 65536
+PVC_MOUNT_ROOT = "/mnt/pvc"
+"""pvc://claim/path is mounted at /mnt/pvc/claim."""
+RECIPE_VERSION = 1
+"""Bumped only when the same document and data would train to other results."""
+
+
+class StorageSettings(SpecModel):
+    """How to reach S3; credentials come from the environment, never from here."""
+
+    endpoint: str | None = None
+    region: str = "us-east-1"
+    path_style: bool = False
+
+
+class TrainRun(SpecModel):
+    """Everything the trainer knows of its task."""
+
+    version: Literal[1] = 1
+    kind: Literal["TrainRun"] = "TrainRun"
+    name: Annotated[str, Field(max_length=253)]
+    namespace: Annotated[str, Field(max_length=63)]
+    attempt: int = Field(default=1, ge=1)
+    model: Model
+    dataset: Dataset
+    method: MethodType
+    lora: ResolvedLoRA | None = None
+    quantization: Quantization | None = None
+    hyperparameters: ResolvedHyperparameters
+    evaluation: ResolvedEvaluation
+    output_uri: OutputUri
+    storage: StorageSettings
+    gpus: int = Field(ge=0)
+    stall_seconds: int | None = Field(default=None, ge=1)
+
+    def to_json(self) -> str:
+        """Return the canonical document: sorted keys, no white space, unset fields left out."""
+        return canonical_json(self.document())
+
+
+def canonical_json(value: object) -> str:
+    """Return JSON that is equal for equal content."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def build_train_run(
+    spec: FineTuneJobSpec, *, name: str, namespace: str, attempt: int, storage: StorageSettings
+) -> TrainRun:
+    """Render the run document of one attempt.
+
+    `model_construct` keeps a document of a local run, whose local paths were accepted when the spec was parsed.
+    """
+    timeouts = spec.retry.timeouts if spec.retry else None
+    return TrainRun.model_construct(
+        name=name,
+        namespace=namespace,
+        attempt=attempt,
+        model=spec.model,
+        dataset=spec.dataset,
+        method=spec.method.type,
+        lora=resolve_lora(spec),
+        quantization=spec.method.quantization,
+        hyperparameters=resolve_hyperparameters(spec),
+        evaluation=resolve_evaluation(spec),
+        output_uri=spec.output.uri.rstrip("/"),
+        storage=storage,
+        gpus=(spec.resources or Resources()).gpus,
+        stall_seconds=seconds_of(timeouts.stall) if timeouts and timeouts.stall else None,
+    )
+
+
+def resolve_storage(spec: FineTuneJobSpec, platform: StorageSettings) -> StorageSettings:
+    """Lay the spec's storage block over the platform's defaults.
+
+    Path style follows the endpoint where nobody says otherwise: S3 services of one's own rarely have a host name
+    per bucket.
+    """
+    given = spec.storage
+    if given is None:
+        return platform
+    endpoint = given.endpoint or platform.endpoint
+    if given.path_style is not None:
+        path_style = given.path_style
+    else:
+        path_style = platform.path_style if given.endpoint is None else True
+    return StorageSettings(endpoint=endpoint, region=given.region or platform.region, path_style=path_style)
+
+
+_SHAPING_FIELDS = ("model", "dataset", "method", "lora", "quantization", "hyperparameters", "evaluation")
+
+
+def run_key(run: TrainRun, *, model_version: str, data_versions: Mapping[str, str]) -> str:
+    """Name a run by what determines its result.
+
+    Args:
+        run: The document; names, places, credentials and limits in it do not count.
+        model_version: Commit of a hub model, or a digest over the ETags of a folder's files.
+        data_versions: ETag and size of every data file, by URI.
+
+    Returns:
+        The first 16 hex digits of a SHA-256.
+    """
+    document: dict[str, Any] = run.document()
+    content = {
+        "recipe": RECIPE_VERSION,
+        "run": {field: document[field] for field in _SHAPING_FIELDS if field in document},
+        "model": model_version,
+        "data": dict(data_versions),
+    }
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:16]

@@ -1,0 +1,108 @@
+"""What a run says of itself: live progress and the final report."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.alias_generators import to_camel
+
+from tunewright_api.base import StatusModel
+
+MAX_REPORT_BYTES = 4096
+"""Kubernetes cuts a termination message at this length."""
+MAX_PROGRESS_BYTES = 65536
+
+Stage = Literal[
+    "Starting", "Fetching", "Checking", "Loading", "Training", "Evaluating", "Verifying", "Publishing", "Finished"
+]
+ShortText = Annotated[str, Field(max_length=1024)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Document(StatusModel):
+    # The image may be the user's own: nothing it says is taken on trust, so unknown fields are refused.
+    model_config = ConfigDict(frozen=True, extra="forbid", alias_generator=to_camel, populate_by_name=True)
+
+
+class Progress(_Document):
+    """The answer of the supervisor's GET /progress; also `status.progress`."""
+
+    stage: Stage
+    step: int = Field(default=0, ge=0)
+    total_steps: int | None = Field(default=None, ge=0, description="Known once the data is tokenised.")
+    percent: float = Field(default=0.0, ge=0, le=100, description="Share of the current stage or of the steps.")
+    epoch: Finite | None = None
+    loss: Finite | None = Field(default=None, description="Training loss of the last logged step.")
+    eval_loss: Finite | None = Field(default=None, description="Loss on the validation rows, last evaluation.")
+    learning_rate: Finite | None = None
+    tokens_per_second: Finite | None = None
+    eta_seconds: int | None = Field(default=None, ge=0)
+    message: ShortText | None = Field(default=None, description="What the stage does right now, for people.")
+    updated_at: str = Field(max_length=64, description="RFC 3339 time of the last change.")
+    loss_history: list[tuple[int, Finite]] = Field(
+        default_factory=list, max_length=64, description="(step, loss), thinned out to at most 64 points."
+    )
+
+
+class EvaluationResult(_Document):
+    """Loss on the validation rows before and after training."""
+
+    base: Finite | None = Field(default=None, description="Loss of the base model.")
+    tuned: Finite | None = Field(default=None, description="Loss of the tuned model.")
+    improvement: Finite | None = Field(default=None, description="base - tuned; positive is better.")
+
+
+class PublishedOutput(_Document):
+    """The published result."""
+
+    uri: ShortText = Field(description="Folder that PeftModel.from_pretrained or from_pretrained loads.")
+    manifest_uri: ShortText = Field(description="The manifest that makes the result valid.")
+    digest: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")] = Field(description="SHA-256 of the manifest.")
+    size_bytes: int = Field(ge=0, description="Size of all files together.")
+
+
+class RunPlan(_Document):
+    """What the trainer found out before the first step."""
+
+    total_steps: int | None = Field(default=None, ge=0)
+    train_rows: int | None = Field(default=None, ge=0)
+    validation_rows: int | None = Field(default=None, ge=0)
+    dropped_rows: int | None = Field(
+        default=None, ge=0, description="Rows with nothing left to learn from after cutting."
+    )
+    data_format: ShortText | None = None
+    dtype: ShortText | None = None
+    trainable_parameters: int | None = Field(default=None, ge=0)
+    total_parameters: int | None = Field(default=None, ge=0)
+    target_modules: list[Annotated[str, Field(max_length=128)]] | None = Field(default=None, max_length=64)
+
+
+class RunReport(_Document):
+    """Last words of a run: the pod's termination message and, in full, report.json beside the result."""
+
+    version: Literal[1] = 1
+    exit_code: int
+    reason: Annotated[str, Field(max_length=64)]
+    message: ShortText = Field(default="", description="What was wrong, where, and what to do.")
+    stage: Stage = "Starting"
+    step: int = Field(default=0, ge=0)
+    total_steps: int | None = Field(default=None, ge=0)
+    run_key: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")] | None = None
+    cached: bool = Field(default=False, description="The result was there already; nothing was trained.")
+    loss: Finite | None = None
+    plan: RunPlan | None = None
+    evaluation: EvaluationResult | None = None
+    output: PublishedOutput | None = None
+    train_seconds: Finite | None = None
+
+    def to_json(self) -> str:
+        """Return the document in at most `MAX_REPORT_BYTES` bytes; the message gives way when it is too long."""
+        text = self.model_dump_json(by_alias=True, exclude_none=True)
+        excess = len(text.encode()) - MAX_REPORT_BYTES
+        if excess <= 0:
+            return text
+        # JSON may need several bytes for a character; cutting six per excess byte's share is always enough.
+        kept = max(0, len(self.message) - excess - 3)
+        short = self.model_copy(update={"message": self.message[:kept] + "...", "plan": None})
+        return short.model_dump_json(by_alias=True, exclude_none=True)

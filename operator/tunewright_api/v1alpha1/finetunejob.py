@@ -1,0 +1,165 @@
+"""FineTuneJob: the custom resource that trains. Its status is in `status.py`."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import ConfigDict, Field
+
+from tunewright_api.base import Duration, OutputUri, Quantity, Rule, SpecModel
+from tunewright_api.v1alpha1.parts import (
+    Dataset,
+    Evaluation,
+    Hyperparameters,
+    Method,
+    Model,
+    StorageRef,
+)
+from tunewright_api.v1alpha1.pod import Pod
+
+KIND = "FineTuneJob"
+PLURAL = "finetunejobs"
+MAX_NAME_LENGTH = 45
+"""`<name>-preflight-99` plus a pod suffix of up to five characters must fit the 63 of a host name."""
+
+
+class Output(SpecModel):
+    """Where the result goes."""
+
+    uri: OutputUri = Field(
+        description="Folder of the results: s3://bucket/prefix or pvc://claim/path. Every run gets its own subfolder."
+    )
+
+
+class Resources(SpecModel):
+    """What the training pod asks for."""
+
+    gpus: int = Field(default=1, ge=0, le=1, description="GPUs; 0 trains on the CPU.")
+    gpu_resource: Annotated[str, Field(pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$", max_length=253)] = Field(
+        default="nvidia.com/gpu", description="Name of the GPU resource on the nodes."
+    )
+    cpu: Quantity | None = Field(default=None, description="CPU request. Default: the platform's.")
+    memory: Quantity | None = Field(default=None, description="Memory request and limit. Default: the platform's.")
+    ephemeral_storage: Quantity | None = Field(
+        default=None, description="Disk for model, data and results. Default: the platform's."
+    )
+    shared_memory: Quantity | None = Field(
+        default=None, description="Size of /dev/shm; counts as memory. Default: the platform's."
+    )
+
+
+class Timeouts(SpecModel):
+    """Time limits; left out means none."""
+
+    queue: Duration | None = Field(default=None, description="Longest wait for the pod of an attempt to start.")
+    run: Duration | None = Field(
+        default=None, description="Longest time from the first start to the end, all attempts counted in."
+    )
+    stall: Duration | None = Field(
+        default=None, description="Longest time without a training step before the attempt is started again."
+    )
+
+
+class Retry(SpecModel):
+    """What happens after an attempt failed."""
+
+    max_restarts: int = Field(
+        default=3,
+        ge=0,
+        le=99,
+        description="Attempts after the first one, for causes that count. Eviction and preemption do not.",
+    )
+    timeouts: Timeouts | None = Field(default=None, description="Time limits.")
+
+
+def _immutable(field: str, *, required: bool) -> str:
+    if required:
+        return f"self.{field} == oldSelf.{field}"
+    return f"has(self.{field}) == has(oldSelf.{field}) && (!has(self.{field}) || self.{field} == oldSelf.{field})"
+
+
+REQUIRED_IMMUTABLE = ("model", "dataset", "method", "output")
+OPTIONAL_IMMUTABLE = ("hyperparameters", "evaluation", "storage", "resources", "pod")
+IMMUTABLE_MESSAGE = "is immutable: create a FineTuneJob with another name instead"
+
+
+class FineTuneJobSpec(SpecModel):
+    """What to train and where to put it."""
+
+    suspend: bool = Field(
+        default=False, description="True removes the pods; false again starts a new attempt. Mutable."
+    )
+    model: Model
+    dataset: Dataset
+    method: Method
+    hyperparameters: Hyperparameters | None = Field(default=None, description="Training arguments.")
+    evaluation: Evaluation | None = Field(default=None, description="When to evaluate.")
+    output: Output
+    storage: StorageRef | None = Field(default=None, description="The S3 service and its credentials.")
+    resources: Resources | None = Field(default=None, description="What the pod asks for. Default: one GPU.")
+    pod: Pod | None = Field(default=None, description="Placement and identity of the pod.")
+    retry: Retry | None = Field(default=None, description="Restarts and time limits. Mutable.")
+    ttl_after_finished: Duration | None = Field(
+        default=None,
+        description="Removes Jobs and pods this long after the end; the FineTuneJob stays. Mutable.",
+    )
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "!has(self.evaluation) || !has(self.evaluation.strategy) || self.evaluation.strategy == 'None' || "
+            "has(self.dataset.validation) || has(self.dataset.validationFraction)",
+            "evaluation needs rows to evaluate on: set dataset.validation or dataset.validationFraction",
+            lambda s: (
+                s.evaluation is None
+                or s.evaluation.strategy in (None, "None")
+                or s.dataset.validation is not None
+                or s.dataset.validation_fraction is not None
+            ),
+        ),
+    )
+
+    @classmethod
+    def transition_rules(cls) -> list[dict[str, str]]:
+        """Return the immutability rules; the API server checks them, an update is never seen by Python."""
+        rules = [(f, _immutable(f, required=True)) for f in REQUIRED_IMMUTABLE]
+        rules += [(f, _immutable(f, required=False)) for f in OPTIONAL_IMMUTABLE]
+        return [{"rule": rule, "message": f"spec.{field} {IMMUTABLE_MESSAGE}"} for field, rule in rules]
+
+
+class Metadata(SpecModel):
+    """The part of an object's metadata that the project reads."""
+
+    model_config = ConfigDict(extra="ignore")
+    name: str
+    namespace: str | None = None
+    uid: str | None = None
+    generation: int | None = None
+    labels: dict[str, str] | None = None
+    annotations: dict[str, str] | None = None
+    creation_timestamp: str | None = None
+    deletion_timestamp: str | None = None
+
+
+class FineTuneJob(SpecModel):
+    """A FineTuneJob as a user writes it (status and server-side metadata are not looked at)."""
+
+    model_config = ConfigDict(title=KIND)
+    api_version: Literal["tunewright.dev/v1alpha1"] = "tunewright.dev/v1alpha1"
+    kind: Literal["FineTuneJob"] = "FineTuneJob"
+    metadata: Metadata
+    spec: FineTuneJobSpec
+    status: dict[str, Any] | None = None
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            f"size(self.metadata.name) <= {MAX_NAME_LENGTH}",
+            f"metadata.name may have at most {MAX_NAME_LENGTH} characters: Jobs and pods are named after it",
+            lambda j: len(j.metadata.name) <= MAX_NAME_LENGTH,
+        ),
+        Rule(
+            "self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",
+            "metadata.name may have only lower-case letters, digits and '-': Jobs and pods are named after it",
+            lambda j: re.search(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", j.metadata.name) is not None,
+        ),
+    )

@@ -1,0 +1,91 @@
+"""Status of a FineTuneJob: what the operator says; never read back except where noted."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from tunewright_api.base import StatusModel
+from tunewright_api.conditions import Condition
+from tunewright_api.run_report import EvaluationResult, Progress, PublishedOutput
+
+MAX_ATTEMPTS_KEPT = 10
+Message = Annotated[str, Field(max_length=2048)]
+
+
+class JobRef(StatusModel):
+    """The Job of the current attempt."""
+
+    name: str
+    uid: str
+
+
+class Attempt(StatusModel):
+    """One attempt that has ended."""
+
+    number: int
+    cause: str = Field(description="Reason of its end.")
+    exit_code: int | None = None
+    node: str | None = None
+    last_step: int | None = None
+    start_time: str | None = None
+    end_time: str | None = None
+    message: Message = ""
+
+
+class Failure(StatusModel):
+    """Why the FineTuneJob failed."""
+
+    reason: str
+    message: Message = ""
+    exit_code: int | None = None
+
+
+class Plan(StatusModel):
+    """Resolved settings, so that nobody has to guess a default."""
+
+    hyperparameters: dict[str, Any] = Field(
+        default_factory=dict, description="All training arguments, defaults filled in."
+    )
+    evaluation: str | None = Field(default=None, description="Resolved evaluation strategy.")
+    lora: dict[str, Any] | None = Field(default=None, description="Resolved adapter settings.")
+    total_steps: int | None = None
+    train_rows: int | None = None
+    validation_rows: int | None = None
+    dropped_rows: int | None = None
+    data_format: str | None = None
+    dtype: str | None = None
+    trainable_parameters: int | None = None
+    total_parameters: int | None = None
+    target_modules: list[str] | None = None
+
+
+class Usage(StatusModel):
+    """What the run has cost so far."""
+
+    gpu_seconds: int = 0
+    lost_gpu_seconds: int = Field(default=0, description="Part of gpuSeconds spent in attempts that failed.")
+
+
+class FineTuneJobStatus(StatusModel):
+    """Observed state. `attempt`, `restarts`, `jobRef`, `attempts` and terminal conditions are the operator's memory."""
+
+    observed_generation: int | None = None
+    conditions: list[Condition] = Field(default_factory=list)
+    phase: str | None = Field(default=None, description="Summary for people; derived from the conditions.")
+    stage: str | None = Field(default=None, description="Stage of the run: Train.")
+    attempt: int = Field(default=0, description="Number of the current attempt, from 1.")
+    restarts: int = Field(default=0, description="Attempts that counted towards retry.maxRestarts.")
+    job_ref: JobRef | None = None
+    start_time: str | None = Field(default=None, description="When the first pod started.")
+    completion_time: str | None = None
+    next_attempt_time: str | None = Field(default=None, description="When the next attempt may start (backoff).")
+    plan: Plan | None = None
+    progress: Progress | None = None
+    attempts: list[Attempt] = Field(default_factory=list, description=f"Ended attempts, the last {MAX_ATTEMPTS_KEPT}.")
+    run_key: str | None = None
+    output: PublishedOutput | None = None
+    evaluation: EvaluationResult | None = None
+    usage: Usage | None = None
+    failure: Failure | None = None

@@ -1,0 +1,1 @@
+"""The command line: validate, plan, run, watch and fetch."""

@@ -1,0 +1,1 @@
+"""The trainer: a supervisor without torch and the worker it starts."""
