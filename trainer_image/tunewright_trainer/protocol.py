@@ -1,0 +1,147 @@
+"""What the supervisor and the worker say to each other: files in the work folder, nothing else.
+
+    work/task.json      supervisor -> worker, written once by rename: model and data are there, begin
+    work/events.jsonl   worker -> supervisor, appended: one event a line
+    work/output/        worker -> supervisor: the files to publish, complete when the `result` event is there
+
+Files rather than pipes: an append never waits for a reader, so reporting cannot slow a training step down, and
+what a killed worker had said is still there.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic.alias_generators import to_camel
+
+from tunewright_api.run_config import TrainRun
+from tunewright_api.run_report import Finite
+
+TASK_FILE = "task.json"
+EVENTS_FILE = "events.jsonl"
+OUTPUT_FOLDER = "output"
+
+RowFormat = Literal["Text", "PromptCompletion", "Messages"]
+"""What rows look like after the supervisor normalised them: {"text"}, {"prompt", "completion"} (both strings) or
+{"messages": [{"role", "content"}]}. Alpaca becomes PromptCompletion, ShareGPT becomes Messages."""
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", alias_generator=to_camel, populate_by_name=True)
+
+
+class WorkerTask(_Message):
+    """Everything is on local disk; the worker needs no network."""
+
+    run: TrainRun
+    model_path: Path
+    train_path: Path
+    """Checked and normalised rows, jsonl."""
+    validation_path: Path | None = None
+    row_format: RowFormat
+    output_path: Path
+
+
+class StageEvent(_Message):
+    """The worker entered a stage."""
+
+    event: Literal["stage"] = "stage"
+    stage: Literal["Loading", "Training", "Evaluating", "Verifying"]
+    message: str | None = None
+
+
+class PlanEvent(_Message):
+    """Known once model and data are loaded."""
+
+    event: Literal["plan"] = "plan"
+    total_steps: int
+    dtype: str
+    trainable_parameters: int
+    total_parameters: int
+    target_modules: list[str] | None = None
+    train_rows: int
+    dropped_rows: int = 0
+
+
+class StepEvent(_Message):
+    """One optimizer step ended. `loss` and what follows are there on logged steps."""
+
+    event: Literal["step"] = "step"
+    step: int
+    epoch: float | None = None
+    loss: float | None = None
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    tokens: int | None = Field(default=None, description="Tokens seen since the start of training.")
+    tokens_per_second: float | None = None
+
+
+class EvaluationEvent(_Message):
+    """One evaluation ended; `step` 0 is the base model."""
+
+    event: Literal["evaluation"] = "evaluation"
+    step: int
+    loss: float
+
+
+class ResultEvent(_Message):
+    """The files in the output folder are complete and were loaded again with equal logits."""
+
+    event: Literal["result"] = "result"
+    kind: Literal["Adapter", "Model"]
+    root: Literal["adapter", "model"]
+    """Folder below `output_path` that from_pretrained loads."""
+    steps: int
+    train_loss: Finite | None = None
+    reload_max_difference: Finite
+    """Largest absolute difference of logits between the trained model and the one loaded again from the files."""
+    train_seconds: Finite
+    peak_memory_bytes: int
+    versions: dict[str, str]
+
+
+class ErrorEvent(_Message):
+    """The worker gives up; it exits with the same code."""
+
+    event: Literal["error"] = "error"
+    exit_code: int
+    reason: str
+    message: str
+
+
+Event = Annotated[
+    StageEvent | PlanEvent | StepEvent | EvaluationEvent | ResultEvent | ErrorEvent, Field(discriminator="event")
+]
+_EVENT: TypeAdapter[Event] = TypeAdapter(Event)
+
+
+def write_task(work: Path, task: WorkerTask) -> None:
+    """Hand the task over; the rename makes it visible whole or not at all."""
+    temporary = work / f"{TASK_FILE}.tmp"
+    temporary.write_text(task.model_dump_json(by_alias=True, exclude_none=True))
+    temporary.rename(work / TASK_FILE)
+
+
+def read_task(work: Path) -> WorkerTask | None:
+    """Return the task, or None while it is not there yet."""
+    path = work / TASK_FILE
+    if not path.exists():
+        return None
+    # A local run's paths passed their check when the spec was parsed.
+    return WorkerTask.model_validate_json(path.read_text(), context={"local": True})
+
+
+def write_event(work: Path, event: BaseModel) -> None:
+    """Append one event; a single short write, so lines of one process never mix."""
+    line = event.model_dump_json(by_alias=True, exclude_none=True) + "\n"
+    with (work / EVENTS_FILE).open("a") as file:
+        file.write(line)
+
+
+def parse_event(line: str) -> Event:
+    """Parse one line of the events file; NaN is a legal number here (a diverged loss must be reportable)."""
+    document: Any = json.loads(line)
+    return _EVENT.validate_python(document)
