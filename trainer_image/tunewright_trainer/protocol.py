@@ -30,7 +30,14 @@ RowFormat = Literal["Text", "PromptCompletion", "Messages"]
 
 
 class _Message(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", alias_generator=to_camel, populate_by_name=True)
+    # NaN stays NaN on the way: a diverged loss must be reportable.
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        alias_generator=to_camel,
+        populate_by_name=True,
+        ser_json_inf_nan="constants",
+    )
 
 
 class WorkerTask(_Message):
@@ -142,6 +149,6 @@ def write_event(work: Path, event: BaseModel) -> None:
 
 
 def parse_event(line: str) -> Event:
-    """Parse one line of the events file; NaN is a legal number here (a diverged loss must be reportable)."""
+    """Parse one line of the events file."""
     document: Any = json.loads(line)
     return _EVENT.validate_python(document)
