@@ -13,8 +13,11 @@ runs:
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -49,3 +52,12 @@ def cluster(name: str) -> Path:
     if not _NAME.fullmatch(name):
         raise ValueError(f"cluster name {name!r}: use at most 40 lower-case letters, digits and inner hyphens")
     return cache() / "clusters" / name
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds an exclusive lock on `path` between processes; the kernel drops it when a process dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -14,12 +14,11 @@ from pathlib import Path
 from types import TracebackType
 
 import httpx
-
 from tests.cluster import ports
 
 # Fixed, because they guard nothing: the server holds test data and lives on a loopback or veth address.
 ACCESS_KEY = "tunewright"
-SECRET_KEY = "tunewright-secret"  # noqa: S105
+SECRET_KEY = "tunewright-secret"
 
 # Ports besides the S3 one. Left alone, several have fixed defaults and a second server fails to start.
 _FURTHER_PORTS = (
@@ -37,8 +36,8 @@ _FURTHER_PORTS = (
 class S3Server:
     """Address and credentials of an S3 server, and its process when this interpreter started it.
 
-        with S3Server.start(tmp_path) as s3:
-            client = boto3.client("s3", endpoint_url=s3.endpoint, ...)
+    with S3Server.start(tmp_path) as s3:
+        client = boto3.client("s3", endpoint_url=s3.endpoint, ...)
     """
 
     endpoint: str

@@ -1,0 +1,3 @@
+module tunewright.dev/cluster/pause
+
+go 1.26.0
