@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -71,6 +72,14 @@ def _unreserved(metadata: dict[str, str] | None) -> bool:
     return not any(key.startswith(_RESERVED_PREFIX) for key in metadata or {})
 
 
+# Key of a label or annotation: an optional prefix that is a host name, then a name of at most 63 characters.
+_KEY = r"^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$"
+
+
+def _are_keys(*mappings: dict[str, str] | None) -> bool:
+    return all(re.search(_KEY, key) for mapping in mappings for key in mapping or {})
+
+
 class Pod(SpecModel):
     """Placement and identity of the training pod."""
 
@@ -83,17 +92,15 @@ class Pod(SpecModel):
     service_account_name: ObjectName | None = Field(
         default=None, description="ServiceAccount that carries a cloud identity; its token is never mounted."
     )
-    node_selector: dict[LabelKey, LabelValue] | None = Field(
+    node_selector: dict[str, LabelValue] | None = Field(
         default=None, max_length=16, description="Labels that the node must have."
     )
     tolerations: list[Toleration] | None = Field(default=None, max_length=16, description="Tolerated taints.")
     affinity: Affinity | None = Field(default=None, description="Node affinity.")
     priority_class_name: ObjectName | None = Field(default=None, description="PriorityClass of the pod.")
     runtime_class_name: ObjectName | None = Field(default=None, description="RuntimeClass of the pod.")
-    labels: dict[LabelKey, LabelValue] | None = Field(
-        default=None, max_length=16, description="Further labels of the pod."
-    )
-    annotations: dict[LabelKey, Annotated[str, Field(max_length=1024)]] | None = Field(
+    labels: dict[str, LabelValue] | None = Field(default=None, max_length=16, description="Further labels of the pod.")
+    annotations: dict[str, Annotated[str, Field(max_length=1024)]] | None = Field(
         default=None, max_length=16, description="Further annotations of the pod."
     )
 
@@ -107,5 +114,13 @@ class Pod(SpecModel):
             f"!has(self.annotations) || self.annotations.all(k, !k.startsWith('{_RESERVED_PREFIX}'))",
             f"pod.annotations may not start with {_RESERVED_PREFIX}: they are the operator's",
             lambda p: _unreserved(p.annotations),
+        ),
+        Rule(
+            " && ".join(
+                f"(!has(self.{field}) || self.{field}.all(k, k.matches('{_KEY}')))"
+                for field in ("labels", "annotations", "nodeSelector")
+            ),
+            "keys in pod.labels, pod.annotations and pod.nodeSelector are names such as team or example.com/team",
+            lambda p: _are_keys(p.labels, p.annotations, p.node_selector),
         ),
     )
