@@ -125,7 +125,7 @@ def fill_buckets(platform: Platform) -> None:
         client.create_bucket(Bucket=bucket)
     folders = {SMOLLM2: model.smollm2(paths.cache() / SMOLLM2), TINY: model.tiny_llama(paths.cache() / TINY)}
     for name, folder in folders.items():
-        upload_folder(platform, folder, MODELS, f"base/{name}")
+        upload_folder(platform, folder, MODELS, name)
     for split in ("train", "validation"):
         source = ROOT / "examples" / "data" / f"docstrings-{split}.jsonl"
         client.upload_file(str(source), DATASETS, f"docstrings/{split}.jsonl")

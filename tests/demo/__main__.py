@@ -17,7 +17,7 @@ from rich.table import Table
 from tests.platform import MODELS, ROOT, Platform, bring_up
 
 NAMESPACE = "demo"
-NAME = "sft-lora"
+NAME = "docstrings-lora"
 CLI = str(Path(sys.executable).parent / "tunewright")
 console = Console()
 started = time.monotonic()

@@ -20,7 +20,7 @@ Document = dict[str, Any]
 def finetunejob(name: str, **changes: Any) -> Document:
     """Return a small FineTuneJob on the tiny model; `changes` replace parts of its spec, None removes one."""
     spec: Document = {
-        "model": {"uri": f"s3://{MODELS}/base/{TINY}"},
+        "model": {"uri": f"s3://{MODELS}/{TINY}"},
         "dataset": {"train": [{"uri": f"s3://{DATASETS}/docstrings/train.jsonl", "maxSamples": 32}]},
         "method": {"type": "LoRA", "lora": {"rank": 4}},
         "hyperparameters": {"maxSteps": 4, "batchSize": 2, "gradientAccumulationSteps": 1, "maxSequenceLength": 64},

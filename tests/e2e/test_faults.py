@@ -55,7 +55,7 @@ def test_out_of_memory_is_named_and_tried_again_within_the_limit(jobs: Jobs) -> 
 
 @pytest.mark.timeout(600)
 def test_deleted_pod_is_replaced_by_a_new_attempt_and_a_deleted_job_leaves_nothing(jobs: Jobs) -> None:
-    """A pod deleted by hand is named as cause of a second attempt; deleting the CR removes pods and publishes nothing."""
+    """A pod deleted by hand is named as cause of attempt 2; deleting the CR removes pods and publishes nothing."""
     jobs.apply(finetunejob("deleted", hyperparameters=LONG, retry={"maxRestarts": 1}))
     jobs.wait("deleted", running)
     jobs.platform.kubectl("delete", "pod", jobs.pods("deleted")[0]["metadata"]["name"], "-n", jobs.namespace)

@@ -33,7 +33,8 @@ from transformers import AutoModelForCausalLM
 folder, base, kind = sys.argv[1:4]
 probe = load_file(f"{folder}/probe.safetensors")
 if kind == "adapter":
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), f"{folder}/adapter")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, f"{folder}/adapter")
 else:
     model = AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float32)
 with torch.no_grad():
@@ -71,7 +72,7 @@ def logit_difference(jobs: Jobs, name: str, tmp_path: Path) -> float:
     base = tmp_path / "base"
     base.mkdir(exist_ok=True)
     client = jobs.platform.s3()
-    for key in jobs.platform.keys(MODELS, "base/tiny-llama/"):
+    for key in jobs.platform.keys(MODELS, "tiny-llama/"):
         client.download_file(MODELS, key, str(base / Path(key).name))
     command = [sys.executable, "-W", "ignore", "-c", LOAD_AND_COMPARE, str(target), str(base), root]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
