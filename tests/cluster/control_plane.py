@@ -28,6 +28,7 @@ class ControlPlane:
 
     @property
     def server(self) -> str:
+        """Address of the API server."""
         return f"https://{self.address}:{self.port}"
 
     @property

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tests.cluster import gobuild, paths, ports, processes
+from tests.cluster import full, gobuild, paths, ports, processes
 from tests.cluster.certificates import Authority
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.s3 import S3Server
@@ -61,7 +61,7 @@ def up(profile: Profile, name: str = DEFAULT_NAME) -> Cluster:
         programs = gobuild.build(profile)
         _remove(folder)
         folder.mkdir(parents=True)
-        cluster = _start_control_plane(name, folder, programs)
+        cluster = _start_full(name, folder, programs) if profile == "full" else _start_plane(name, folder, programs)
         _record(cluster, folder)
         return cluster
 
@@ -90,22 +90,25 @@ def find(name: str = DEFAULT_NAME) -> Cluster | None:
     return _cluster(name, document)
 
 
-def _start_control_plane(name: str, folder: Path, programs: dict[str, Path]) -> Cluster:
+def _start_plane(name: str, folder: Path, programs: dict[str, Path]) -> Cluster:
     plane = ControlPlane(folder, programs, address="127.0.0.1", port=ports.free(1)[0])
     plane.start(Authority(folder / "pki"))
-    return Cluster(
-        name=name,
-        profile="control-plane",
-        kubeconfig=plane.kubeconfig,
-        kubectl=programs["kubectl"],
-        helm=programs["helm"],
-        registry=None,
-        s3=None,
-    )
+    kubectl, helm = programs["kubectl"], programs["helm"]
+    return Cluster(name, "control-plane", plane.kubeconfig, kubectl, helm, registry=None, s3=None)
+
+
+def _start_full(name: str, folder: Path, programs: dict[str, Path]) -> Cluster:
+    (folder / "full").touch()
+    plane, registry, s3 = full.start(folder, programs)
+    kubectl, helm = programs["kubectl"], programs["helm"]
+    return Cluster(name, "full", plane.kubeconfig, kubectl, helm, registry, s3)
 
 
 def _remove(folder: Path) -> None:
     processes.stop(folder)
+    # A mark from before anything was made: a full cluster that never got up has left traces too.
+    if (folder / "full").exists():
+        full.remove(folder)
     if folder.exists():
         shutil.rmtree(folder)
 

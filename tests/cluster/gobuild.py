@@ -43,8 +43,11 @@ class Module:
     debian_packages: tuple[str, ...] = ()
 
     def arguments(self) -> list[str]:
-        # -trimpath and -buildvcs=false keep the checkout's place and commit out of the result, so that Go's build cache
-        # answers whoever builds.
+        """Returns the flags of `go build`.
+
+        -trimpath and -buildvcs=false keep the checkout's place and commit out of the result, so that Go's build cache
+        answers whoever builds.
+        """
         flags = ["-mod=readonly", "-trimpath", "-buildvcs=false", "-ldflags", self.ldflags]
         return [*flags, *(["-tags", self.tags] if self.tags else [])]
 

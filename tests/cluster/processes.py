@@ -2,12 +2,13 @@
 
 Each process carries an environment variable that names its cluster's folder and its component, and so do its children
 (containerd's shims). Unlike a file with process ids this cannot miss a process that was started just before a crash,
-and a recycled id can never be taken for ours. Containers do not inherit the variable; they are known by their root
-file system, which lies in our containerd's folder. Linux only: all of this is read from /proc.
+and a recycled id can never be taken for ours. Containers do not inherit the variable; they are known by their
+control group. Linux only: all of this is read from /proc.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import select
 import signal
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _MARK = "TUNEWRIGHT_CLUSTER_PROCESS"
-_SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,14 @@ class Process:
     pid: int
     component: str
     """What `start` was told, `containerd` for a shim, `container` for a process in a pod."""
+
+
+def cgroup(folder: Path) -> str:
+    """Returns the name of the control group of the pods of the cluster in `folder`.
+
+    A digest, and not the cluster's name: the same name may be in use in another cache folder.
+    """
+    return f"tunewright-{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}"
 
 
 def start(
@@ -54,7 +63,7 @@ def start(
     """
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    variables = {"PATH": _SYSTEM_PATH, "HOME": str(Path.home()), **(environment or {})}
+    variables = {"PATH": SYSTEM_PATH, "HOME": str(Path.home()), **(environment or {})}
     entering = ["nsenter", f"--net=/var/run/netns/{namespace}"] if namespace else []
     with (logs / f"{component}.log").open("ab") as log:
         # `setsid --fork` makes it a child of init: it outlives us, and no zombie is left in a long test process.
@@ -69,13 +78,11 @@ def start(
         )
 
 
-def running(folder: Path, containerd_root: Path | None = None) -> list[Process]:
-    """Returns the processes of the cluster in `folder`; with `containerd_root` also those in its containers."""
+def running(folder: Path) -> list[Process]:
+    """Returns the processes of the cluster in `folder`, those in its pods included."""
     found = []
     for pid in _all_pids():
         component = _component(pid, folder)
-        if component is None and containerd_root is not None and _in_container(pid, containerd_root):
-            component = "container"
         if component is not None:
             found.append(Process(pid, component))
     return found
@@ -98,8 +105,8 @@ def wait_until(ready: Callable[[], bool], folder: Path, component: str, limit_se
         time.sleep(0.1)
 
 
-def stop(folder: Path, containerd_root: Path | None = None, limit_seconds: float = 20) -> None:
-    """Ends all processes of the cluster in `folder` and returns when they are gone.
+def stop(folder: Path, component: str | None = None, limit_seconds: float = 20) -> None:
+    """Ends the processes of the cluster in `folder`, or only those of `component`, and returns when they are gone.
 
     They are killed without asking: a graceful end of the API server takes long, and no data of a test cluster is worth
     the wait. Repeated until none is found, since a dying cluster may still start some.
@@ -108,14 +115,14 @@ def stop(folder: Path, containerd_root: Path | None = None, limit_seconds: float
         TimeoutError: some are still there after `limit_seconds`; the message names them.
     """
     deadline = time.monotonic() + limit_seconds
-    while found := running(folder, containerd_root):
+    while found := [one for one in running(folder) if component in (None, one.component)]:
         if time.monotonic() > deadline:
             raise TimeoutError(f"processes of {folder} do not end: {found}; look for a hanging mount or disk")
         for process in found:
-            _kill(process.pid, folder, containerd_root)
+            _kill(process.pid, folder)
 
 
-def _kill(pid: int, folder: Path, containerd_root: Path | None) -> None:
+def _kill(pid: int, folder: Path) -> None:
     """Kills `pid` if it is still ours and waits up to 2 s for its end."""
     try:
         handle = os.pidfd_open(pid)
@@ -123,8 +130,7 @@ def _kill(pid: int, folder: Path, containerd_root: Path | None) -> None:
         return
     try:
         # Asked again now that the handle pins the process: the id may have passed to another one in between.
-        ours = _component(pid, folder) is not None
-        if ours or (containerd_root is not None and _in_container(pid, containerd_root)):
+        if _component(pid, folder) is not None:
             signal.pidfd_send_signal(handle, signal.SIGKILL)
             select.select([handle], [], [], 2)
     except ProcessLookupError:
@@ -142,16 +148,11 @@ def _component(pid: int, folder: Path) -> str | None:
     for variable in _read(pid, "environ").split(b"\0"):
         if variable.startswith(mark):
             return variable.removeprefix(mark).decode()
+    group = f"/{cgroup(folder)}/"
+    for line in _read(pid, "cgroup").decode().splitlines():
+        if line.split(":", 2)[2].startswith(group):
+            return "container"
     return None
-
-
-def _in_container(pid: int, containerd_root: Path) -> bool:
-    upper = f"upperdir={containerd_root}/"
-    for line in _read(pid, "mountinfo").decode(errors="replace").splitlines():
-        fields = line.split(" ")
-        if fields[4] == "/":
-            return upper in line
-    return False
 
 
 def _read(pid: int, file: str) -> bytes:

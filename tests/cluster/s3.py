@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 import httpx
+
 from tests.cluster import ports
 
 # Fixed, because they guard nothing: the server holds test data and lives on a loopback or veth address.

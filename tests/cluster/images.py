@@ -1,0 +1,198 @@
+"""Builds the project's images without Docker and pushes them to a cluster's registry.
+
+An image's tag is a digest of everything that goes into it: building one that is there already is a look-up, and a pod
+that names the tag can only run that content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from tests.cluster import debian, paths, registry
+
+BASE_IMAGE = "localhost/debian-python:bookworm"
+"""Debian 12 with its Python 3.11, the counterpart of python:3.12-slim where no registry of images can be reached."""
+
+_MIRROR = ""
+_BASE_PACKAGES = "python3,python3-venv,ca-certificates"
+
+# What both Dockerfiles copy; .dockerignore lets the same through.
+_INPUTS = ("pyproject.toml", "constraints.txt", "README.md", "LICENSE", "operator", "trainer_image/tunewright_trainer")
+
+_AUTHORITIES = "/etc/ssl/certs/ca-certificates.crt"
+"""Debian's bundle of certificate authorities; its place in the base image."""
+
+
+def build_operator_image() -> str:
+    """Returns the name of the operator image for the code as it is, built if it is not there.
+
+    Raises:
+        RuntimeError: a system package is missing or the build failed; the message carries the end of its output.
+    """
+    return _build("tunewright-operator", Path("Dockerfile"))
+
+
+def build_trainer_image() -> str:
+    """Returns the name of the trainer image for the code as it is, built if it is not there.
+
+    The first build takes some minutes and 6 GB for PyTorch; later ones reuse that layer while the pins are the same.
+
+    Raises:
+        RuntimeError: a system package is missing or the build failed; the message carries the end of its output.
+    """
+    return _build("tunewright-trainer", Path("trainer_image/Dockerfile"))
+
+
+def build_pause_image(program: Path) -> str:
+    """Returns the name of an image with nothing but `program`, which holds a pod's namespaces."""
+    image = f"localhost/tunewright-pause:{hashlib.sha256(program.read_bytes()).hexdigest()[:16]}"
+    with _locked():
+        if not _exists(image):
+            _commit(program, image, "/pause", "--entrypoint", '["/pause"]', "--user", "65535:65535")
+    return image
+
+
+def push(image: str, address: str) -> str:
+    """Pushes a local `image` to the registry at `address`; returns its name there.
+
+    Nothing is pushed if the registry has that tag: tags are digests of the content.
+
+    Raises:
+        RuntimeError: the push failed.
+    """
+    repository, tag = image.removeprefix("localhost/").rsplit(":", 1)
+    remote = f"{address}/{repository}:{tag}"
+    if not registry.has(address, repository, tag):
+        started = time.monotonic()
+        # Uncompressed: on one machine compressing 6 GB takes minutes and saves nothing but disk.
+        _buildah("push", "--quiet", "--disable-compression", "--tls-verify=false", image, f"docker://{remote}")
+        print(f"pushed {remote} in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    return remote
+
+
+def _build(name: str, dockerfile: Path) -> str:
+    image = f"localhost/{name}:{_digest(dockerfile)}"
+    with _locked():
+        if _exists(image):
+            return image
+        _ensure_base_image()
+        started = time.monotonic()
+        print(f"building {image}", file=sys.stderr, flush=True)
+        arguments = [
+            f"--build-arg=BASE_IMAGE={BASE_IMAGE}",
+            "--build-arg=UV_NO_CACHE=0",
+            *_build_mounts(),
+            f"--file={paths.REPOSITORY / dockerfile}",
+            f"--tag={image}",
+        ]
+        _buildah("build", "--quiet", "--layers", "--pull-never", *arguments, str(paths.REPOSITORY))
+        _remove_older(name, image)
+        print(f"built {image} in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    return image
+
+
+def _build_mounts() -> list[str]:
+    """Returns what a build gets from this machine: trusted authorities, and uv's cache for speed."""
+    authorities = os.environ.get("SSL_CERT_FILE", _AUTHORITIES)
+    settings = _storage() / "settings"
+    settings.mkdir(exist_ok=True)
+    # By default both bring their own list of authorities, and ignore a company's.
+    (settings / "pip.conf").write_text(f"[global]\ncert = {_AUTHORITIES}\n")
+    (settings / "uv.toml").write_text("system-certs = true\n")
+    uv_cache = Path(os.environ.get("UV_CACHE_DIR", Path.home() / ".cache" / "uv"))
+    uv_cache.mkdir(parents=True, exist_ok=True)
+    return [
+        f"--volume={authorities}:{_AUTHORITIES}:ro",
+        f"--volume={settings / 'pip.conf'}:/etc/pip.conf:ro",
+        f"--volume={settings / 'uv.toml'}:/etc/uv/uv.toml:ro",
+        f"--volume={uv_cache}:/root/.cache/uv",
+    ]
+
+
+def _digest(dockerfile: Path) -> str:
+    """Returns a digest of all that goes into the image: contents and names, not times."""
+    digest = hashlib.sha256(BASE_IMAGE.encode())
+    for name in (str(dockerfile), *_INPUTS):
+        start = paths.REPOSITORY / name
+        files = sorted(start.rglob("*")) if start.is_dir() else [start]
+        for file in files:
+            if file.is_file() and "__pycache__" not in file.parts:
+                digest.update(str(file.relative_to(paths.REPOSITORY)).encode() + b"\0")
+                digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def _ensure_base_image() -> None:
+    if _exists(BASE_IMAGE):
+        return
+    debian.require("debootstrap")
+    print(f"building {BASE_IMAGE} (about a minute)", file=sys.stderr, flush=True)
+    root = _storage() / "debian"
+    shutil.rmtree(root, ignore_errors=True)
+    command = ["debootstrap", "--variant=minbase", f"--include={_BASE_PACKAGES}", "bookworm", str(root), _MIRROR]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"`{' '.join(command)}` failed:\n{(result.stdout + result.stderr)[-2000:]}")
+    # `python` and not only `python3`, as in the official Python images.
+    (root / "usr/local/bin/python").symlink_to("/usr/bin/python3")
+    for packages in (root / "var/cache/apt/archives").glob("*.deb"):
+        packages.unlink()
+    _commit(root, BASE_IMAGE, "/", "--cmd", "python3")
+    shutil.rmtree(root)
+
+
+def _commit(source: Path, image: str, place: str, *settings: str) -> None:
+    """Makes an image of one file or folder."""
+    container = _buildah("from", "scratch").strip()
+    _buildah("add", "--quiet", container, str(source), place)
+    _buildah("config", *settings, container)
+    _buildah("commit", "--quiet", "--rm", container, image)
+
+
+def _remove_older(name: str, newest: str) -> None:
+    """Removes earlier images of `name`; their shared layers stay, as the newest one uses them."""
+    listed = _buildah("images", "--format", "{{.Name}}:{{.Tag}}").split()
+    older = [image for image in listed if image.startswith(f"localhost/{name}:") and image != newest]
+    if older:
+        _buildah("rmi", *older)
+
+
+def _exists(image: str) -> bool:
+    return _run_buildah("inspect", "--type=image", "--format={{.FromImageID}}", image).returncode == 0
+
+
+def _buildah(*arguments: str) -> str:
+    result = _run_buildah(*arguments)
+    if result.returncode != 0:
+        output = (result.stdout + result.stderr)[-4000:]
+        raise RuntimeError(f"`buildah {' '.join(arguments)}` failed:\n{output}")
+    return result.stdout
+
+
+def _run_buildah(*arguments: str) -> subprocess.CompletedProcess[str]:
+    if platform.system() != "Linux":
+        raise RuntimeError("images are built with buildah, which needs Linux; use `docker build` here")
+    debian.require("buildah")
+    storage = _storage()
+    # Own storage: nobody's images are touched, and removing the cache folder removes everything.
+    command = ["buildah", f"--root={storage / 'storage'}", f"--runroot={storage / 'run'}", *arguments]
+    environment = {**os.environ, "BUILDAH_ISOLATION": "chroot", "TMPDIR": str(storage)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def _storage() -> Path:
+    folder = paths.cache() / "images"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def _locked() -> AbstractContextManager[None]:
+    return paths.locked(paths.cache() / "images.lock")
