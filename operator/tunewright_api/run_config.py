@@ -35,6 +35,8 @@ class StorageSettings(SpecModel):
     endpoint: str | None = None
     region: str = "us-east-1"
     path_style: bool = False
+    secret_name: str | None = None
+    """Name of the Secret the credentials come from; only for messages."""
 
 
 class TrainRun(SpecModel):
@@ -107,7 +109,12 @@ def resolve_storage(spec: FineTuneJobSpec, platform: StorageSettings) -> Storage
         path_style = given.path_style
     else:
         path_style = platform.path_style if given.endpoint is None else True
-    return StorageSettings(endpoint=endpoint, region=given.region or platform.region, path_style=path_style)
+    return StorageSettings(
+        endpoint=endpoint,
+        region=given.region or platform.region,
+        path_style=path_style,
+        secret_name=given.secret_name or platform.secret_name,
+    )
 
 
 _SHAPING_FIELDS = ("model", "dataset", "method", "lora", "quantization", "hyperparameters", "evaluation")
