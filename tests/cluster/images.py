@@ -37,7 +37,7 @@ def build_operator_image() -> str:
     Raises:
         RuntimeError: a system package is missing or the build failed; the message carries the end of its output.
     """
-    return _build("tunewright-operator", Path("Dockerfile"))
+    return _build("tunewright-operator", "Dockerfile")
 
 
 def build_trainer_image() -> str:
@@ -48,7 +48,7 @@ def build_trainer_image() -> str:
     Raises:
         RuntimeError: a system package is missing or the build failed; the message carries the end of its output.
     """
-    return _build("tunewright-trainer", Path("trainer_image/Dockerfile"))
+    return _build("tunewright-trainer", "trainer_image/Dockerfile")
 
 
 def build_pause_image(program: Path) -> str:
@@ -78,9 +78,11 @@ def push(image: str, address: str) -> str:
     return remote
 
 
-def _build(name: str, dockerfile: Path) -> str:
-    image = f"localhost/{name}:{_digest(dockerfile)}"
+def _build(name: str, dockerfile: str) -> str:
     with _locked():
+        # A copy, so that the tag is true even when somebody edits a file during the build.
+        context = _copy_inputs(dockerfile)
+        image = f"localhost/{name}:{_digest(context)}"
         if _exists(image):
             return image
         _ensure_base_image()
@@ -90,13 +92,26 @@ def _build(name: str, dockerfile: Path) -> str:
             f"--build-arg=BASE_IMAGE={BASE_IMAGE}",
             "--build-arg=UV_NO_CACHE=0",
             *_build_mounts(),
-            f"--file={paths.REPOSITORY / dockerfile}",
+            f"--file={context / dockerfile}",
             f"--tag={image}",
         ]
-        _buildah("build", "--quiet", "--layers", "--pull-never", *arguments, str(paths.REPOSITORY))
+        _buildah("build", "--quiet", "--layers", "--pull-never", *arguments, str(context))
         _remove_older(name, image)
         print(f"built {image} in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     return image
+
+
+def _copy_inputs(dockerfile: str) -> Path:
+    context = _storage() / "context"
+    shutil.rmtree(context, ignore_errors=True)
+    for name in (dockerfile, *_INPUTS):
+        source, target = paths.REPOSITORY / name, context / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", ".*_cache"))
+        else:
+            shutil.copy2(source, target)
+    return context
 
 
 def _build_mounts() -> list[str]:
@@ -117,16 +132,13 @@ def _build_mounts() -> list[str]:
     ]
 
 
-def _digest(dockerfile: Path) -> str:
+def _digest(context: Path) -> str:
     """Returns a digest of all that goes into the image: contents and names, not times."""
     digest = hashlib.sha256(BASE_IMAGE.encode())
-    for name in (str(dockerfile), *_INPUTS):
-        start = paths.REPOSITORY / name
-        files = sorted(start.rglob("*")) if start.is_dir() else [start]
-        for file in files:
-            if file.is_file() and "__pycache__" not in file.parts:
-                digest.update(str(file.relative_to(paths.REPOSITORY)).encode() + b"\0")
-                digest.update(hashlib.sha256(file.read_bytes()).digest())
+    for file in sorted(context.rglob("*")):
+        if file.is_file():
+            digest.update(str(file.relative_to(context)).encode() + b"\0")
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()[:16]
 
 

@@ -81,10 +81,18 @@ class Node:
         return result.stdout if result.returncode == 0 else None
 
     def _remove_containers(self) -> bool:
+        """Removes containers, sandboxes and the leases that keep their files; tells whether there were any."""
         containers = (self._ctr("containers", "list", "--quiet") or "").split()
+        sandboxes = [line.split()[0] for line in (self._ctr("sandboxes", "list") or "").splitlines()[1:]]
+        leases = (self._ctr("leases", "list", "--quiet") or "").split()
         if containers:
             self._ctr("containers", "delete", *containers)
-        return bool(containers)
+        if sandboxes:
+            # --force: their processes are long gone, so they cannot be stopped first.
+            self._ctr("sandboxes", "remove", "--force", *sandboxes)
+        if leases:
+            self._ctr("leases", "delete", *leases)
+        return bool(containers or sandboxes or leases)
 
     def _write_containerd_files(self) -> None:
         folder = self.folder
