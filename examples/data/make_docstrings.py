@@ -3,7 +3,7 @@
     python examples/data/make_docstrings.py [FOLDER]
 
 Writes docstrings-train.jsonl (270 rows) and docstrings-validation.jsonl (30 rows), each row
-{"prompt": "What does os.path.join do?", "completion": " Join two or more pathname components, ..."}.
+{"prompt": "What does os.path.join do?", "completion": "Join two or more pathname components, ..."}.
 The same Python release always writes the same bytes; another release may word a docstring differently.
 """
 
@@ -77,8 +77,7 @@ def rows() -> list[dict[str, str]]:
     """Return the rows in an order that mixes the modules and depends only on the names."""
     by_summary = {text: name for name, text in documented()}
     chosen = sorted(by_summary.items(), key=lambda item: hashlib.sha256(item[1].encode()).digest())
-    # The space belongs to the completion: "do?" and " Return" are then tokens of their own on every tokenizer.
-    made = [{"prompt": f"What does {name} do?", "completion": f" {text}"} for text, name in chosen]
+    made = [{"prompt": f"What does {name} do?", "completion": text} for text, name in chosen]
     if len(made) < TRAIN_ROWS + VALIDATION_ROWS:
         raise RuntimeError(f"only {len(made)} docstrings fit: add modules to MODULES")
     return made[: TRAIN_ROWS + VALIDATION_ROWS]

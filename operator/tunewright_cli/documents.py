@@ -1,0 +1,145 @@
+"""FineTuneJobs in files: read as kubectl reads them, checked, every problem with its place."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunewright_api import API_VERSION, GROUP
+from tunewright_api.v1alpha1.finetunejob import KIND, FineTuneJob
+from tunewright_api.validation import InvalidDocument, Problem, parse_finetunejob
+from tunewright_cli.errors import InvalidArgument, InvalidFile
+from tunewright_cli.kubectl_yaml import Document, Position, read_documents
+
+_SUFFIXES = (".yaml", ".yml", ".json")
+
+
+@dataclass(frozen=True)
+class LocatedProblem:
+    """A problem and the place in the file that it is about."""
+
+    file: str
+    position: Position
+    problem: Problem
+
+    def __str__(self) -> str:
+        """Return the problem as one line, in the form that editors turn into a link."""
+        return f"{self.file}:{self.position.line}:{self.position.column}: {self.problem}"
+
+
+@dataclass(frozen=True)
+class CheckedDocument:
+    """One document of a file after the check. `job` is there when there are no problems."""
+
+    file: str
+    kind: str
+    name: str
+    problems: tuple[LocatedProblem, ...]
+    job: FineTuneJob | None
+
+
+def expand(names: Sequence[str]) -> list[str]:
+    """Return the files behind the arguments of `-f`, a folder standing for the YAML and JSON files in it.
+
+    Raises:
+        InvalidFile: A folder without such files.
+    """
+    files = []
+    for name in names:
+        if name != "-" and Path(name).is_dir():
+            inside = sorted(str(p) for p in Path(name).iterdir() if p.suffix in _SUFFIXES)
+            if not inside:
+                raise InvalidFile(f"{name}: no {', '.join(_SUFFIXES)} file in this folder")
+            files += inside
+        else:
+            files.append(name)
+    return files
+
+
+def check_file(name: str, *, local: bool = False) -> Iterator[CheckedDocument]:
+    """Yield what the check of each document of a file gave; objects of other API groups pass unchecked.
+
+    Args:
+        name: File, or `-` for stdin.
+        local: Accept local paths where URIs stand.
+
+    Raises:
+        InvalidFile: The file cannot be read, or is not YAML.
+    """
+    shown = "<stdin>" if name == "-" else name
+    for document in read_documents(_text(name), shown):
+        yield _check(document, shown, local=local)
+
+
+def load_one(file: str, wanted: str | None, *, local: bool) -> FineTuneJob:
+    """Return the only FineTuneJob of a file, or the one called `wanted`.
+
+    Raises:
+        InvalidFile: No FineTuneJob there, or an invalid one; the message holds all its problems.
+        InvalidArgument: Several, and none is named, or none has that name.
+    """
+    jobs = [d for d in check_file(file, local=local) if d.kind == KIND]
+    if not jobs:
+        raise InvalidFile(f"{file}: no FineTuneJob in this file")
+    if wanted is not None:
+        jobs = [d for d in jobs if d.name == wanted] or _none_called(wanted, file, jobs)
+    if len(jobs) > 1:
+        names = ", ".join(d.name for d in jobs)
+        raise InvalidArgument(f"{file} holds {len(jobs)} FineTuneJobs: choose one with --name ({names})")
+    chosen = jobs[0]
+    if chosen.job is None:
+        raise InvalidFile("invalid FineTuneJob\n" + "\n".join(str(p) for p in chosen.problems))
+    return chosen.job
+
+
+def _none_called(wanted: str, file: str, jobs: Sequence[CheckedDocument]) -> list[CheckedDocument]:
+    raise InvalidArgument(f"{file} holds no FineTuneJob {wanted!r}: there are {', '.join(d.name for d in jobs)}")
+
+
+def _text(name: str) -> str:
+    try:
+        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InvalidFile(f"{name}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InvalidFile(f"{name}: not UTF-8 text (byte {error.start})") from None
+
+
+def _check(document: Document, file: str, *, local: bool) -> CheckedDocument:
+    content = document.content
+    if not isinstance(content, dict):
+        problems = [Problem("", f"a Kubernetes object must be a mapping, not {type(content).__name__}")]
+        return _checked(document, file, "?", "?", problems, None)
+    kind, name = str(content.get("kind", "?")), _name(content)
+    api_version = content.get("apiVersion")
+    problems = [Problem(key, "required, but missing") for key in ("apiVersion", "kind") if not content.get(key)]
+    if not problems and str(api_version).split("/")[0] != GROUP and kind != KIND:
+        return _checked(document, file, kind, name, [], None)
+    if api_version and api_version != API_VERSION:
+        problems.append(Problem("apiVersion", f"{api_version!r} is not served: use {API_VERSION}"))
+    if content.get("kind") and kind != KIND:
+        problems.append(Problem("kind", f"{kind!r} is not a kind of {GROUP}: use {KIND}"))
+    if problems:
+        return _checked(document, file, kind, name, problems, None)
+    try:
+        return _checked(document, file, kind, name, [], parse_finetunejob(content, local=local))
+    except InvalidDocument as error:
+        return _checked(document, file, kind, name, error.problems, None)
+
+
+def _checked(
+    document: Document, file: str, kind: str, name: str, problems: Sequence[Problem], job: FineTuneJob | None
+) -> CheckedDocument:
+    located = sorted(
+        (LocatedProblem(file, document.position(p.path), p) for p in problems),
+        key=lambda p: (p.position.line, p.position.column),
+    )
+    return CheckedDocument(file, kind, name, tuple(located), job)
+
+
+def _name(content: dict[str, Any]) -> str:
+    metadata = content.get("metadata")
+    return str(metadata.get("name", "?")) if isinstance(metadata, dict) else "?"

@@ -1,0 +1,172 @@
+"""The command line: `tunewright`, also installed as `kubectl-tunewright` (`kubectl tunewright ...`).
+
+Every command lives in a module of its own that is imported when it runs, so that help and completion stay fast.
+"""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from tunewright_cli.errors import CliError
+
+
+class Output(enum.StrEnum):
+    """For people or for scripts."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+class PlanOutput(enum.StrEnum):
+    """For people or for scripts."""
+
+    TEXT = "text"
+    JSON = "json"
+    YAML = "yaml"
+
+
+class _Commands(TyperGroup):
+    """Ends a failed command with one line on stderr and the exit code of its error."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CliError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(error.exit_code) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="LLM fine-tuning on Kubernetes: check, plan, run, watch and fetch FineTuneJobs.",
+)
+
+Files = Annotated[
+    list[str],
+    typer.Option("--filename", "-f", metavar="FILE", help="YAML or JSON file, folder of such files, or - for stdin."),
+]
+OneFile = Annotated[
+    str,
+    typer.Option("--filename", "-f", metavar="FILE", help="YAML or JSON file with the FineTuneJob, or - for stdin."),
+]
+JobName = Annotated[str | None, typer.Option("--name", help="Which FineTuneJob of the file, where it holds several.")]
+Namespace = Annotated[
+    str | None, typer.Option("--namespace", "-n", help="Namespace. Default: that of the kubeconfig's context.")
+]
+Context = Annotated[str | None, typer.Option(help="Context of the kubeconfig. Default: the current one.")]
+Endpoint = Annotated[
+    str | None, typer.Option(help="URL of the S3 service. Default: AWS_ENDPOINT_URL, else the job's own, else AWS.")
+]
+Region = Annotated[str | None, typer.Option(help="S3 region. Default: AWS_REGION, else the job's own, else us-east-1.")]
+
+
+@app.command()
+def validate(filename: Files, output: Output = Output.TEXT) -> None:
+    """Check FineTuneJobs without a cluster: every problem at once, with its place.
+
+    Exit code 0 when all are valid, 20 when not.
+    """
+    from tunewright_cli import validate as command
+
+    raise typer.Exit(command.run(filename, as_json=output is Output.JSON))
+
+
+@app.command()
+def plan(
+    filename: OneFile,
+    name: JobName = None,
+    output: PlanOutput = PlanOutput.TEXT,
+    endpoint: Endpoint = None,
+    region: Region = None,
+) -> None:
+    """Show what a FineTuneJob comes to: every default filled in, the number of steps, the Job in the cluster.
+
+    Rows are counted where the data can be read from here: local files, or S3 with your own AWS_* credentials.
+    Platform defaults are read from TUNEWRIGHT_* variables, as the operator reads them.
+    """
+    from tunewright_cli import plan as command
+
+    command.run(filename, name, output.value, endpoint=endpoint, region=region)
+
+
+@app.command()
+def run(
+    filename: OneFile,
+    name: JobName = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder for model, data and results while running. Default: a temporary one.")
+    ] = None,
+    endpoint: Endpoint = None,
+    region: Region = None,
+    output: Output = Output.TEXT,
+) -> None:
+    """Train on this machine, without Kubernetes; model, data and output may be local paths.
+
+    S3 credentials come from the AWS_* variables. The exit code is the run's own.
+    """
+    from tunewright_cli import run as command
+
+    raise typer.Exit(command.run(filename, name, work, endpoint=endpoint, region=region, as_json=output is Output.JSON))
+
+
+@app.command()
+def watch(
+    name: Annotated[str, typer.Argument(help="Name of the FineTuneJob.")],
+    namespace: Namespace = None,
+    context: Context = None,
+    output: Output = Output.TEXT,
+    interval: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 2.0,
+) -> None:
+    """Follow a FineTuneJob in the cluster until it ends.
+
+    Exit code 0 when it is Complete; when it Failed, the trainer's exit code, or 1 where there is none.
+    """
+    from tunewright_cli import watch as command
+
+    raise typer.Exit(command.run(name, namespace, context, as_json=output is Output.JSON, interval_seconds=interval))
+
+
+@app.command("get-adapter")
+def get_adapter(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="URI|NAME",
+            help="s3:// URI of a manifest, of a run's folder or of an output folder, or the name of a FineTuneJob.",
+        ),
+    ],
+    target: Annotated[Path, typer.Argument(help="Folder to put the files into; must be empty or not exist.")],
+    namespace: Namespace = None,
+    context: Context = None,
+    endpoint: Endpoint = None,
+    region: Region = None,
+    output: Output = Output.TEXT,
+) -> None:
+    """Download a published adapter or model and verify every file against its manifest.
+
+    S3 credentials come from the AWS_* variables.
+    """
+    from tunewright_cli import get_adapter as command
+
+    command.run(
+        source,
+        target,
+        namespace=namespace,
+        context=context,
+        endpoint=endpoint,
+        region=region,
+        as_json=output is Output.JSON,
+    )
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
