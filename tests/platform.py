@@ -105,11 +105,12 @@ def bring_up(say: Say) -> Platform:
     """Start (or find) the embedded cluster with S3 server, models, data sets and the installed operator."""
     say("cluster: etcd, API server, controller-manager, scheduler, containerd, kubelet, kube-proxy")
     running = cluster.up("full")
-    assert running.s3 is not None, "the full profile has an S3 server"
+    assert running.s3 is not None
+    assert running.registry is not None, "the full profile has an S3 server and a registry"
     platform = Platform(running, running.s3.endpoint, running.s3.access_key, running.s3.secret_key)
     say("images: operator and trainer")
-    operator_image = images.push(images.build_operator_image(), running)
-    trainer_image = images.push(images.build_trainer_image(), running)
+    operator_image = images.push(images.build_operator_image(), running.registry)
+    trainer_image = images.push(images.build_trainer_image(), running.registry)
     say("S3: base models and data sets")
     fill_buckets(platform)
     say("helm: charts/tunewright")
@@ -144,13 +145,21 @@ def upload_folder(platform: Platform, folder: Path, bucket: str, prefix: str) ->
 
 def install_operator(platform: Platform, operator_image: str, trainer_image: str, *further: str) -> None:
     """Install or upgrade the chart and wait until the operator is ready."""
+    operator_repository, operator_tag = operator_image.rsplit(":", 1)
+    trainer_repository, trainer_tag = trainer_image.rsplit(":", 1)
     settings = {
-        "image": operator_image,
-        "trainer.image": trainer_image,
+        "image.repository": operator_repository,
+        "image.tag": operator_tag,
+        "trainer.image.repository": trainer_repository,
+        "trainer.image.tag": trainer_tag,
         "storage.endpoint": platform.endpoint,
         "storage.pathStyle": "true",
     }
-    values = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    values = [
+        part
+        for key, value in settings.items()
+        for part in ("--set-string" if key.endswith("tag") else "--set", f"{key}={value}")
+    ]
     platform.run(
         str(platform.cluster.helm), "upgrade", "--install", "tunewright", str(CHART),
         "--namespace", OPERATOR_NAMESPACE, "--create-namespace", "--wait", "--timeout", "180s", *values, *further,
