@@ -1,14 +1,13 @@
 """Errors of the command line, each with a fixed exit code.
 
 CliError                 1    anything below, printed as one line without a traceback
-├── InvalidFile          20   a file cannot be read as YAML, or holds no FineTuneJob
+├── InvalidFile          20   a file cannot be read as YAML, or holds no valid FineTuneJob
 ├── InvalidArgument      20   an argument cannot work: the message says which one would
-├── AccessDenied         21   storage or the API server refused the credentials
-├── NotFound             1    the FineTuneJob, manifest or file named is not there
-├── Unavailable          23   storage or the API server does not answer
-├── CorruptArtifact      1    a downloaded file differs from its manifest
+├── NotFound             1    the FineTuneJob, or a result of it, is not there
+├── AccessDenied         21   the API server refused the credentials
+├── Unavailable          23   the API server does not answer
 ├── MissingPackage       1    the command needs an extra that is not installed
-└── RunFailed            *    the watched FineTuneJob or the local run failed; carries the run's own code
+└── TrainerFailure       *    the trainer's code said no (storage, data, manifest): its own exit code
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ class CliError(Exception):
 
 
 class InvalidFile(CliError):
-    """A file cannot be read as YAML, or holds no FineTuneJob."""
+    """A file cannot be read as YAML, or holds no valid FineTuneJob."""
 
     exit_code = ExitCode.INVALID_INPUT
 
@@ -34,32 +33,28 @@ class InvalidArgument(CliError):
     exit_code = ExitCode.INVALID_INPUT
 
 
+class NotFound(CliError):
+    """The FineTuneJob, or a result of it, is not there."""
+
+
 class AccessDenied(CliError):
-    """Storage or the API server refused the credentials."""
+    """The API server refused the credentials."""
 
     exit_code = ExitCode.ACCESS_DENIED
 
 
-class NotFound(CliError):
-    """The FineTuneJob, manifest or file named is not there."""
-
-
 class Unavailable(CliError):
-    """Storage or the API server does not answer."""
+    """The API server does not answer."""
 
     exit_code = ExitCode.UNAVAILABLE
-
-
-class CorruptArtifact(CliError):
-    """A downloaded file differs from its manifest."""
 
 
 class MissingPackage(CliError):
     """The command needs an extra that is not installed."""
 
 
-class RunFailed(CliError):
-    """The watched FineTuneJob or the local run failed."""
+class TrainerFailure(CliError):
+    """The trainer's code said no: storage, data or manifest are not as they should be."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)

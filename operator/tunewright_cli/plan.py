@@ -1,0 +1,160 @@
+"""`tunewright plan`: every default filled in, the number of steps, the Job that the operator would create."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from tunewright_api.defaults import ResolvedHyperparameters
+from tunewright_api.run_config import TrainRun
+from tunewright_api.v1alpha1.finetunejob import FineTuneJob
+from tunewright_api.validation import InvalidDocument, parse_finetunejob
+from tunewright_cli.documents import load_one
+from tunewright_cli.errors import MissingPackage
+from tunewright_cli.rows import Rows, check_rows, steps_of
+from tunewright_cli.storage import storage_settings
+
+# Parts of the run document that carry defaults, with the place of the same part in the spec.
+_PARTS = {
+    "hyperparameters": ("hyperparameters",),
+    "lora": ("method", "lora"),
+    "quantization": ("method", "quantization"),
+    "evaluation": ("evaluation",),
+    "model": ("model",),
+    "storage": ("storage",),
+}
+_UNKNOWN_UNTIL_CREATED = "set-by-the-api-server"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One resolved field. `given` tells whether the spec has it; otherwise it is a default."""
+
+    path: str
+    value: Any
+    given: bool
+
+
+def run(file: str, wanted: str | None, output: str, *, endpoint: str | None, region: str | None) -> None:
+    """Print the plan of one FineTuneJob.
+
+    Raises:
+        InvalidFile: No valid FineTuneJob in the file.
+        TrainerFailure: The data could be read, and rows of it are bad.
+        MissingPackage: The operator's settings cannot be read, because its extra is not installed.
+    """
+    job = load_one(file, wanted, local=True)
+    metadata = job.metadata.model_copy(
+        update={"namespace": job.metadata.namespace or "default", "uid": _UNKNOWN_UNTIL_CREATED}
+    )
+    job = job.model_copy(update={"metadata": metadata})
+    train_run, manifest = _render(job)
+    rows = check_rows(train_run, storage_settings(train_run.storage, endpoint=endpoint, region=region))
+    steps = steps_of(train_run.hyperparameters, rows.train)
+    settings = list(settings_of(job, train_run))
+    if output == "text":
+        _print(job, settings, rows, steps, train_run.hyperparameters, manifest)
+        return
+    document = {
+        "name": job.metadata.name,
+        "settings": [{"field": s.path, "value": s.value, "from": _origin(s)} for s in settings],
+        "data": {
+            "trainRows": rows.train,
+            "validationRows": rows.validation,
+            "format": rows.format,
+            "problem": rows.problem,
+        },
+        "totalSteps": steps,
+        "job": manifest,
+    }
+    text = json.dumps(document, indent=2) if output == "json" else yaml.safe_dump(document, sort_keys=False, width=110)
+    typer.echo(text.rstrip("\n"))
+
+
+def _render(job: FineTuneJob) -> tuple[TrainRun, dict[str, Any] | None]:
+    try:
+        from tunewright_operator.plan import build_job, plan_run
+        from tunewright_operator.settings import Settings
+    except ModuleNotFoundError as error:
+        raise MissingPackage(f"plan needs {error.name}: pip install 'tunewright[cli,operator]'") from None
+    settings = Settings()
+    manifest = None if _has_local_paths(job) else build_job(job, 1, 0, settings)
+    return plan_run(job, 1, 0, settings), manifest
+
+
+def _has_local_paths(job: FineTuneJob) -> bool:
+    try:
+        parse_finetunejob(job.document())
+    except InvalidDocument:
+        return True
+    return False
+
+
+def settings_of(job: FineTuneJob, train_run: TrainRun) -> Iterator[Setting]:
+    """Yield every resolved setting of a run with its place in the spec, where it has one."""
+    resolved = train_run.document()
+    written = job.spec.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    for part, place in _PARTS.items():
+        given = _at(written, place)
+        for name, value in (resolved.get(part) or {}).items():
+            yield Setting(".".join((*place, name)), value, given.get(name) is not None)
+
+
+def _at(document: Mapping[str, Any], place: tuple[str, ...]) -> Mapping[str, Any]:
+    part: Mapping[str, Any] = document
+    for name in place:
+        part = part.get(name) or {}
+    return part
+
+
+def _origin(setting: Setting) -> str:
+    return "given" if setting.given else "default"
+
+
+def _print(
+    job: FineTuneJob,
+    settings: list[Setting],
+    rows: Rows,
+    steps: int | None,
+    hyperparameters: ResolvedHyperparameters,
+    manifest: dict[str, Any] | None,
+) -> None:
+    console = Console(highlight=False)
+    console.print(f"[bold]{job.metadata.name}[/]: {job.spec.method.type} of {job.spec.model.uri}\n")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("FIELD", no_wrap=True, min_width=max(len(setting.path) for setting in settings))
+    table.add_column("VALUE", overflow="fold")
+    table.add_column("FROM")
+    for setting in settings:
+        table.add_row(setting.path, _shown(setting.value), _origin(setting), style=None if setting.given else "dim")
+    console.print(table)
+    console.print(f"\nData:  {_data(rows)}", markup=False)
+    rows_per_step = hyperparameters.batch_size * hyperparameters.gradient_accumulation_steps
+    console.print(
+        f"Steps: {'unknown until the rows are counted' if steps is None else steps}, {rows_per_step} rows each"
+    )
+    if manifest is None:
+        console.print("\nNo Job: local paths are only for `tunewright run`.")
+        return
+    console.print("\nJob that the operator creates for the first attempt:\n")
+    typer.echo(yaml.safe_dump(manifest, sort_keys=False, width=110), nl=False)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return json.dumps(value) if isinstance(value, bool) else str(value)
+
+
+def _data(rows: Rows) -> str:
+    if rows.problem is not None:
+        return f"not looked at: {rows.problem}"
+    validation = f", {rows.validation} for validation" if rows.validation is not None else ""
+    return f"{rows.train} {rows.format} rows for training{validation}"

@@ -1,0 +1,84 @@
+"""The rows of a run, where they can be read from here, and how many steps they make."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunewright_api.defaults import ResolvedHyperparameters
+from tunewright_api.run_config import StorageSettings, TrainRun
+from tunewright_api.v1alpha1.parts import Dataset
+from tunewright_cli.errors import CliError
+from tunewright_cli.storage import trainer_errors
+
+MAX_FETCHED_BYTES = 1024**3
+"""Most data that is fetched only to look at it."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a run; `problem` says why they were not looked at."""
+
+    train: int | None = None
+    validation: int | None = None
+    format: str | None = None
+    problem: str | None = None
+
+
+class _OutOfReach(Exception):
+    """The rows cannot be read from here; the message says why."""
+
+
+def check_rows(run: TrainRun, settings: StorageSettings) -> Rows:
+    """Read and check all rows as the trainer does, with the credentials of the environment.
+
+    Raises:
+        TrainerFailure: Rows are bad; the message names them by file, line and field.
+    """
+    with tempfile.TemporaryDirectory(prefix="tunewright-") as folder:
+        try:
+            with trainer_errors():
+                paths = _fetch(run.dataset, settings, Path(folder))
+        except (_OutOfReach, CliError) as error:
+            return Rows(problem=str(error))
+        with trainer_errors():
+            from tunewright_trainer.dataset import prepare
+            from tunewright_trainer.transfer import Stop, ignore
+
+            seed = run.hyperparameters.seed
+            data = prepare(run.dataset, paths, Path(folder) / "checked", seed, Stop(), ignore)
+    return Rows(data.train_rows, data.validation_rows or None, data.format.name)
+
+
+def _fetch(dataset: Dataset, settings: StorageSettings, folder: Path) -> dict[str, Path]:
+    """Return where each file lies on this machine, by URI."""
+    from tunewright_trainer.storage import Storage
+
+    storage = Storage(settings, local=True)
+    uris = dict.fromkeys(source.uri for source in [*dataset.train, *(dataset.validation or [])])
+    for uri in uris:
+        if uri.startswith("pvc://"):
+            raise _OutOfReach(f"{uri} can be read only in the cluster")
+    files = {uri: storage.stat(uri) for uri in uris}
+    size_bytes = sum(file.size_bytes for uri, file in files.items() if uri.startswith("s3://"))
+    if size_bytes > MAX_FETCHED_BYTES:
+        raise _OutOfReach(f"the files have {size_bytes / 1e9:.1f} GB, more than is fetched for a look")
+    paths = {uri: storage.local_path(uri) or folder / str(index) for index, uri in enumerate(uris)}
+    storage.download([(uri, files[uri], paths[uri]) for uri in uris if uri.startswith("s3://")])
+    return paths
+
+
+def steps_of(hyperparameters: ResolvedHyperparameters, train_rows: int | None) -> int | None:
+    """Return the number of optimizer steps, or None where it depends on rows that nobody counted.
+
+    The last micro-batch and the last accumulation of an epoch may be smaller; both still make a step.
+    """
+    if hyperparameters.max_steps is not None:
+        return hyperparameters.max_steps
+    if train_rows is None or hyperparameters.epochs is None or hyperparameters.packing:
+        return None
+    batches = math.ceil(train_rows / hyperparameters.batch_size)
+    per_epoch = max(1, math.ceil(batches / hyperparameters.gradient_accumulation_steps))
+    return math.ceil(hyperparameters.epochs * per_epoch)
