@@ -1,0 +1,158 @@
+"""Checks all rows and writes them down as the worker reads them. One bad row fails the run before it costs anything."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from tunewright_api.v1alpha1.parts import Dataset, DataSource
+from tunewright_trainer.data_files import BadRow, Row, read_rows
+from tunewright_trainer.data_formats import BadField, ChosenFormat, choose_format
+from tunewright_trainer.errors import InvalidData
+from tunewright_trainer.transfer import Advance, Stop
+
+MAX_BAD_ROWS = 20
+"""Enough to see a pattern; reading on would only delay the news."""
+MAX_MESSAGE_CHARACTERS = 900
+"""What of it goes into the status; the log has them all."""
+STOP_CHECK_ROWS = 1000
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Checked rows on disk."""
+
+    format: ChosenFormat
+    train_path: Path
+    validation_path: Path | None
+    train_rows: int
+    validation_rows: int
+
+
+class BadRows(InvalidData):
+    """Rows that cannot be trained on; `lines` has one entry for each, `str()` as many as a status holds."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        self.lines = tuple(lines)
+        count = f"at least {len(lines)}" if len(lines) >= MAX_BAD_ROWS else str(len(lines))
+        text = f"{count} bad row{'s' if len(lines) > 1 else ''}, nothing was trained:"
+        shown = 0
+        for line in lines:
+            if shown and len(text) + len(line) > MAX_MESSAGE_CHARACTERS:
+                break
+            text += f"\n{line[:MAX_MESSAGE_CHARACTERS]}"
+            shown += 1
+        if shown < len(lines):
+            text += f"\nand {len(lines) - shown} more in the log"
+        super().__init__(text)
+
+
+def prepare(
+    dataset: Dataset, paths: Mapping[str, Path], folder: Path, seed: int, stop: Stop, advance: Advance
+) -> PreparedData:
+    """Check and normalise a data set.
+
+    Args:
+        dataset: What is wanted.
+        paths: Where each source lies on this machine, by URI.
+        folder: Where train.jsonl and validation.jsonl go.
+        seed: Chooses the rows of validationFraction.
+        stop: Ends the work when it is requested.
+        advance: Told the bytes read.
+
+    Raises:
+        BadRows: Rows are unusable.
+        InvalidData: A file as a whole is, or there are too few rows.
+        InvalidConfiguration: dataset.columns does not fit the format.
+        Preempted: A stop was requested.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    job = _Preparation(dataset, paths, stop, advance)
+    train_path, validation_path = folder / "train.jsonl", folder / "validation.jsonl"
+    train_rows = job.write(dataset.train, train_path)
+    validation_rows = job.write(dataset.validation, validation_path) if dataset.validation else 0
+    if job.bad:
+        raise BadRows(job.bad)
+    if train_rows == 0 or job.format is None:
+        raise InvalidData(f"{', '.join(s.uri for s in dataset.train)}: no rows")
+    if dataset.validation and validation_rows == 0:
+        raise InvalidData(f"{', '.join(s.uri for s in dataset.validation)}: no rows")
+    if dataset.validation_fraction is not None:
+        validation_rows = validation_count(train_rows, dataset.validation_fraction)
+        train_rows -= validation_rows
+        _split(train_path, validation_path, train_rows + validation_rows, validation_rows, seed)
+    return PreparedData(
+        job.format, train_path, validation_path if validation_rows else None, train_rows, validation_rows
+    )
+
+
+def validation_count(rows: int, fraction: float) -> int:
+    """Return how many of `rows` are held out: the fraction, but at least one row on either side.
+
+    Raises:
+        InvalidData: There is only one row.
+    """
+    if rows < 2:
+        raise InvalidData(f"dataset.validationFraction needs at least 2 rows to split, there is {rows}")
+    return min(max(1, round(rows * fraction)), rows - 1)
+
+
+class _Preparation:
+    """What has been seen over all files: the format, and the bad rows."""
+
+    def __init__(self, dataset: Dataset, paths: Mapping[str, Path], stop: Stop, advance: Advance) -> None:
+        self.format: ChosenFormat | None = None
+        self.bad: list[str] = []
+        self._dataset = dataset
+        self._paths = paths
+        self._stop = stop
+        self._advance = advance
+
+    def write(self, sources: Sequence[DataSource], target: Path) -> int:
+        """Write the good rows of all sources; return their number."""
+        with target.open("w", encoding="utf-8") as output:
+            return sum(self._write_source(source, output) for source in sources)
+
+    def _write_source(self, source: DataSource, output: TextIO) -> int:
+        written = 0
+        for seen, row in enumerate(read_rows(self._paths[source.uri], source.uri, self._advance)):
+            if seen == source.max_samples or len(self.bad) >= MAX_BAD_ROWS:
+                break
+            if seen % STOP_CHECK_ROWS == 0:
+                self._stop.check()
+            values = self._normalised(source.uri, row)
+            if values is not None:
+                output.write(json.dumps(values, ensure_ascii=False) + "\n")
+                written += 1
+        return written
+
+    def _normalised(self, uri: str, row: Row | BadRow) -> dict[str, Any] | None:
+        if isinstance(row, Row):
+            if self.format is None:
+                place = f"{uri}: {row.place}"
+                self.format = choose_format(self._dataset.format, self._dataset.columns, row.values, place)
+            try:
+                return self.format.normalise(row.values)
+            except BadField as error:
+                row = BadRow(row.place, error.message, error.field)
+        field = f": {row.field}" if row.field else ""
+        self.bad.append(f"{uri}: {row.place}{field}: {row.message}")
+        return None
+
+
+def _split(train: Path, validation: Path, rows: int, held_out: int, seed: int) -> None:
+    chosen = set(random.Random(seed).sample(range(rows), held_out))  # noqa: S311 - a split, not a secret
+    whole = train.with_suffix(".all")
+    train.rename(whole)
+    with (
+        whole.open(encoding="utf-8") as source,
+        train.open("w", encoding="utf-8") as kept,
+        validation.open("w", encoding="utf-8") as held,
+    ):
+        for index, line in enumerate(source):
+            (held if index in chosen else kept).write(line)
+    whole.unlink()
