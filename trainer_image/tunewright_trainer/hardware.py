@@ -1,0 +1,89 @@
+"""What the device computes in, and the number formats that follow from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tunewright_api.run_config import TrainRun
+from tunewright_api.v1alpha1.parts import DType, MethodType
+from tunewright_trainer.errors import InvalidConfiguration
+
+TORCH_DTYPES = {"Float32": torch.float32, "BFloat16": torch.bfloat16, "Float16": torch.float16}
+_BFLOAT16_CAPABILITY = (8, 0)
+"""CUDA compute capability of Ampere, the first with bfloat16 units."""
+_BFLOAT16_CPU_FEATURES = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+"""Instruction sets that multiply bfloat16; without one a CPU emulates it, ten times slower than float32."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The device that trains."""
+
+    on_gpu: bool
+    computes_bfloat16: bool
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Number formats of a run."""
+
+    name: str
+    """The resolved `model.dtype`: what matrix products are computed in, and a full model is saved in."""
+    weights: torch.dtype
+    """Of the model in memory. Full fine-tuning keeps float32 weights whatever it computes in: an update of 2e-5 of a
+    weight is lost in bfloat16's eight bits."""
+    compute: torch.dtype
+    quantized_compute: torch.dtype
+    """Of matrix products with quantized weights."""
+
+
+def find_hardware(gpus: int) -> Hardware:
+    """Look at the device that a run with so many GPUs trains on.
+
+    Raises:
+        InvalidConfiguration: A GPU is asked for and none is visible.
+    """
+    if gpus == 0:
+        features = torch.cpu.get_capabilities()
+        return Hardware(on_gpu=False, computes_bfloat16=any(features.get(f) for f in _BFLOAT16_CPU_FEATURES))
+    if not torch.cuda.is_available():
+        raise InvalidConfiguration(
+            f"resources.gpus is {gpus}, but PyTorch {torch.__version__} sees no GPU: use an image with CUDA on a node "
+            "with a working driver, or set resources.gpus to 0 to train on the CPU"
+        )
+    return Hardware(on_gpu=True, computes_bfloat16=torch.cuda.get_device_capability() >= _BFLOAT16_CAPABILITY)
+
+
+def choose_precision(run: TrainRun, hardware: Hardware) -> Precision:
+    """Resolve `model.dtype` and `method.quantization.computeDtype` on this hardware.
+
+    Raises:
+        InvalidConfiguration: The device does not compute in the format asked for.
+    """
+    compute = _resolve(run.model.dtype, run.method, hardware, "model.dtype")
+    quantized = compute
+    if run.quantization is not None and run.quantization.compute_dtype != "Auto":
+        quantized = _resolve(run.quantization.compute_dtype, run.method, hardware, "method.quantization.computeDtype")
+    return Precision(
+        name=compute,
+        weights=torch.float32 if run.method == "Full" else TORCH_DTYPES[compute],
+        compute=TORCH_DTYPES[compute],
+        quantized_compute=TORCH_DTYPES[quantized],
+    )
+
+
+def _resolve(asked: DType, method: MethodType, hardware: Hardware, field: str) -> str:
+    if asked == "Auto":
+        return "BFloat16" if hardware.computes_bfloat16 else "Float32"
+    if asked == "Float16" and not hardware.on_gpu:
+        raise InvalidConfiguration(f"{field} is Float16, which needs a GPU: use Auto, BFloat16 or Float32 on a CPU")
+    if asked == "Float16" and method == "QLoRA":
+        # Adapters on a quantized base are bfloat16, and float16's loss scaling does not exist for them.
+        raise InvalidConfiguration(f"{field} is Float16, which QLoRA does not train in: use Auto, BFloat16 or Float32")
+    if asked == "BFloat16" and hardware.on_gpu and not hardware.computes_bfloat16:
+        raise InvalidConfiguration(
+            f"{field} is BFloat16, but the GPU has compute capability below 8.0: use Auto, Float32 or Float16"
+        )
+    return asked

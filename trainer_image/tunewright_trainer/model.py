@@ -1,0 +1,101 @@
+"""Tokenizer and base model, from a local folder: safetensors only, no code of the model's own, no network."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from tunewright_api.run_config import TrainRun
+from tunewright_api.v1alpha1.parts import Quantization
+from tunewright_trainer.errors import InvalidModel
+from tunewright_trainer.hardware import Precision
+
+_ATTENTION = {"Auto": None, "Eager": "eager", "SDPA": "sdpa"}
+"""None: transformers takes SDPA where the model has it, else eager."""
+
+
+def load_tokenizer(path: Path, run: TrainRun) -> PreTrainedTokenizerBase:
+    """Load the tokenizer, with the run's chat template and a padding token.
+
+    The padding token is the end-of-sequence token where the model brings none. That hides nothing from training:
+    labels are made from the rows, padding is added to them later as ignored.
+
+    Raises:
+        InvalidModel: The files are missing or damaged.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InvalidModel(f"the tokenizer of {run.model.uri} cannot be loaded: {error}") from error
+    if run.model.chat_template is not None:
+        tokenizer.chat_template = run.model.chat_template
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    path: Path, run: TrainRun, precision: Precision, *, weights: torch.dtype, on_gpu: bool
+) -> PreTrainedModel:
+    """Load a model to the device that trains, quantized where the run says so.
+
+    Args:
+        path: Folder of the base model or of a saved one.
+        run: The run document.
+        precision: Number formats of the run.
+        weights: Number format of the weights that are not quantized.
+        on_gpu: Load to the GPU.
+
+    Raises:
+        InvalidModel: The files are missing, damaged, or of an architecture that is not known.
+    """
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=weights,
+            attn_implementation=_ATTENTION[run.model.attention],
+            quantization_config=quantization_config(run.quantization, precision) if run.quantization else None,
+            device_map={"": 0 if on_gpu else "cpu"},
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        raise InvalidModel(f"the model {run.model.uri} cannot be loaded: {error}") from error
+    return model
+
+
+def quantization_config(quantization: Quantization, precision: Precision) -> BitsAndBytesConfig:
+    """Return how the frozen base is stored."""
+    if quantization.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=(quantization.type or "NF4").lower(),
+        bnb_4bit_use_double_quant=quantization.double_quant is not False,
+        bnb_4bit_compute_dtype=precision.quantized_compute,
+    )
+
+
+def base_model_id(run: TrainRun) -> str:
+    """Return what the adapter names as its base: the hub's name of the model, or its URI."""
+    return str(run.model.uri).removeprefix("hf://").rstrip("/")
+
+
+def peak_memory_bytes(*, on_gpu: bool) -> int:
+    """Return the peak of GPU memory, or of this process's resident memory on a CPU."""
+    if on_gpu:
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
