@@ -69,7 +69,7 @@ class Usage(StatusModel):
 
 
 class FineTuneJobStatus(StatusModel):
-    """Observed state. `attempt`, `restarts`, `jobRef`, `attempts` and terminal conditions are the operator's memory."""
+    """Observed state. Conditions, counters, `jobRef`, times and `attempts` are the operator's memory."""
 
     observed_generation: int | None = None
     conditions: list[Condition] = Field(default_factory=list)
@@ -77,6 +77,9 @@ class FineTuneJobStatus(StatusModel):
     stage: str | None = Field(default=None, description="Stage of the run: Train.")
     attempt: int = Field(default=0, description="Number of the current attempt, from 1.")
     restarts: int = Field(default=0, description="Attempts that counted towards retry.maxRestarts.")
+    free_restarts: int = Field(
+        default=0, description="Attempts that the platform ended (eviction, preemption, lost node); they do not count."
+    )
     job_ref: JobRef | None = None
     start_time: str | None = Field(default=None, description="When the first pod started.")
     completion_time: str | None = None
