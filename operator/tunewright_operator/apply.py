@@ -1,0 +1,156 @@
+"""Writes: the only module that changes anything in the cluster."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+from typing import Any
+
+from tunewright_api import API_VERSION
+from tunewright_api.v1alpha1.finetunejob import KIND, FineTuneJob
+from tunewright_api.v1alpha1.status import FineTuneJobStatus
+from tunewright_operator import kube, metrics, naming
+from tunewright_operator.constants import OPERATOR_NAME
+from tunewright_operator.errors import ApiError, ApiUnreachable, Conflict, Forbidden, Invalid, NotFound, RunTooLarge
+from tunewright_operator.kube import Kube
+from tunewright_operator.observed import ObservedJob, Refusal, parse_job
+from tunewright_operator.plan import build_job
+from tunewright_operator.settings import Settings
+from tunewright_operator.status import CreateJob, DeleteJobs, TransitionEvent
+from tunewright_operator.store import Key, Store
+
+logger = logging.getLogger(__name__)
+
+_MAX_NOTE = 1024
+"""The API server refuses longer event messages."""
+
+
+class Applier:
+    """Creates and deletes Jobs, writes statuses and events."""
+
+    def __init__(self, api: Kube, store: Store, settings: Settings) -> None:
+        self._api = api
+        self._store = store
+        self._settings = settings
+        self._instance = os.environ.get("HOSTNAME", OPERATOR_NAME)
+
+    async def create_job(self, job: FineTuneJob, action: CreateJob) -> ObservedJob | Refusal:
+        """Create the Job of an attempt, or find the one that is there already."""
+        namespace, name = _place(job)
+        job_name = naming.job_name(name, action.attempt)
+        try:
+            manifest = build_job(job, action.attempt, action.halvings, self._settings)
+            created = await self._api.create(kube.JOBS, namespace, manifest)
+        except Conflict as error:
+            if error.reason == "AlreadyExists":
+                return await self._existing(job, namespace, job_name)
+            raise
+        except RunTooLarge as error:
+            return Refusal("Invalid", str(error))
+        except Forbidden as error:
+            metrics.CHILD_CREATE_ERRORS.labels("Forbidden").inc()
+            return Refusal("Forbidden", f"the API server refused Job {job_name}: {error.message}")
+        except Invalid as error:
+            metrics.CHILD_CREATE_ERRORS.labels("Invalid").inc()
+            return Refusal("Invalid", f"the API server refused Job {job_name}: {error.message}")
+        self._store.put_job(created)
+        return parse_job(created)
+
+    async def _existing(self, job: FineTuneJob, namespace: str, job_name: str) -> ObservedJob | Refusal:
+        """Judge the object that has the Job's name: ours, a predecessor's that is being removed, or a stranger's."""
+        try:
+            raw = await self._api.get(kube.JOBS, namespace, job_name)
+        except NotFound:
+            return Refusal("Predecessor", f"Job {job_name} was there and has just gone")
+        found = parse_job(raw)
+        if found.owner_uid == job.metadata.uid:
+            self._store.put_job(raw)
+            return found
+        metrics.CHILD_CREATE_ERRORS.labels("AlreadyExists").inc()
+        if found.deleting or found.owned_by_finetunejob == job.metadata.name:
+            return Refusal("Predecessor", f"waiting until Job {job_name} of an earlier FineTuneJob is removed")
+        return Refusal(
+            "Foreign",
+            f"Job {job_name} exists and belongs to somebody else: remove it, or rename the FineTuneJob",
+        )
+
+    async def delete_jobs(self, key: Key, action: DeleteJobs) -> None:
+        """Delete Jobs and, in the background, their pods."""
+        for name in action.names:
+            try:
+                await self._api.delete(kube.JOBS, key.namespace, name)
+            except NotFound:
+                continue
+
+    async def write_status(
+        self, key: Key, version: str, previous: FineTuneJobStatus, status: FineTuneJobStatus
+    ) -> bool:
+        """Write what has changed, against the version it was decided from; return whether there was anything.
+
+        Raises:
+            Conflict: The FineTuneJob has changed since: the pass is to be repeated from a live read.
+            NotFound: It is gone.
+        """
+        patch = _difference(previous.document(), status.document())
+        if not patch:
+            return False
+        body = {"metadata": {"resourceVersion": version}, "status": patch}
+        try:
+            answer = await self._api.patch_status(kube.FINETUNEJOBS, key.namespace, key.name, body)
+        except Conflict:
+            self._store.entry(key).text = None
+            raise
+        self._store.put_finetunejob(answer, written=True)
+        return True
+
+    async def post_event(self, key: Key, uid: str, event: TransitionEvent) -> None:
+        """Post an event. It is a courtesy: when the API server does not want it, a log line must do."""
+        metrics.TRANSITIONS.labels(event.reason).inc()
+        logger.info(event.message, extra={"finetunejob": str(key), "reason": event.reason, "type": event.type})
+        try:
+            await self._api.create(kube.EVENTS, key.namespace, _event(key, uid, event, self._instance))
+        except (ApiError, ApiUnreachable) as error:
+            logger.warning("event not posted", extra={"finetunejob": str(key), "error": str(error)})
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Return the merge patch from one status to another; whole top-level fields, removed ones as null."""
+    patch = {key: _replaced(old.get(key), value) for key, value in new.items() if old.get(key) != value}
+    return {**patch, **{key: None for key in old if key not in new}}
+
+
+def _replaced(old: object, new: object) -> object:
+    """Return what makes `new` of `old`: in a merge patch, a key that is left out would stay."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return {**{key: None for key in old if key not in new}, **new}
+    return new
+
+
+def _place(job: FineTuneJob) -> tuple[str, str]:
+    assert job.metadata.namespace is not None, "the API server sets it"
+    return job.metadata.namespace, job.metadata.name
+
+
+def _event(key: Key, uid: str, event: TransitionEvent, instance: str) -> dict[str, Any]:
+    now = datetime.datetime.now(datetime.UTC)
+    return {
+        "apiVersion": "v1",
+        "kind": "Event",
+        "metadata": {"namespace": key.namespace, "generateName": f"{key.name}."},
+        "involvedObject": {
+            "apiVersion": API_VERSION,
+            "kind": KIND,
+            "namespace": key.namespace,
+            "name": key.name,
+            "uid": uid,
+        },
+        "type": event.type,
+        "reason": event.reason,
+        "action": event.action,
+        "message": event.message[:_MAX_NOTE],
+        "eventTime": now.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+        "reportingComponent": OPERATOR_NAME,
+        "reportingInstance": instance,
+        "source": {"component": OPERATOR_NAME},
+    }

@@ -1,0 +1,55 @@
+"""Every string that Kubernetes sees, with what it is for."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from tunewright_api import GROUP
+
+OPERATOR_NAME: Final = "tunewright-operator"
+"""Reporter of events, value of `app.kubernetes.io/managed-by`, user agent and field manager."""
+
+LABEL_FINETUNEJOB: Final = f"{GROUP}/finetunejob"
+"""On Jobs and pods: name of the FineTuneJob. The operator watches by it, on the server's side."""
+
+LABEL_ATTEMPT: Final = f"{GROUP}/attempt"
+"""On Jobs and pods: number of the attempt, from 1."""
+
+LABEL_STAGE: Final = f"{GROUP}/stage"
+"""On Jobs and pods: what the Job does."""
+
+STAGE_TRAIN: Final = "train"
+"""The stage that trains; part of Job names."""
+
+LABEL_MANAGED_BY: Final = "app.kubernetes.io/managed-by"
+"""On Jobs and pods: the customary label for the tool that made them."""
+
+CONTAINER_NAME: Final = "trainer"
+"""The one container of a training pod."""
+
+PROGRESS_PORT: Final = 8080
+"""Where the supervisor in the pod serves /progress, /metrics and /healthz."""
+
+PROGRESS_PORT_NAME: Final = "http"
+"""Name of that port, for PodMonitors."""
+
+TERMINATION_LOG: Final = "/dev/termination-log"
+"""File whose text becomes the container's termination message: the RunReport."""
+
+WORK_PATH: Final = "/work"
+"""emptyDir for model, data and results."""
+
+CACHE_PATH: Final = "/cache"
+"""emptyDir for the caches of the libraries; the root file system is read-only."""
+
+USER_ID: Final = 1000
+"""User, group and fsGroup of the training pod: what the trainer image is built for."""
+
+ENV_WRITER: Final = "TUNEWRIGHT_WRITER"
+"""The pod's UID: keeps the files of two pods apart."""
+
+ENV_TERMINATION_LOG: Final = "TUNEWRIGHT_TERMINATION_LOG"
+"""Where the trainer writes its report."""
+
+ENV_WORK: Final = "TUNEWRIGHT_WORK"
+"""Where the trainer keeps model, data and results."""

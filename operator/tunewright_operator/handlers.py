@@ -1,0 +1,97 @@
+"""kopf's part: its watches put keys into the queue, and do nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import kopf
+from kubernetes.aio import client
+
+from tunewright_api import GROUP, VERSION
+from tunewright_api.v1alpha1.finetunejob import PLURAL
+from tunewright_operator import metrics
+from tunewright_operator.constants import LABEL_FINETUNEJOB
+from tunewright_operator.kube import bearer_token
+from tunewright_operator.store import Key, Store
+
+
+def build_registry(
+    store: Store, add: Callable[[Key], None], relisted: Callable[[], None], configuration: client.Configuration
+) -> kopf.OperatorRegistry:
+    """Return the handlers.
+
+    Args:
+        store: Takes over what the watches deliver.
+        add: Puts a key into the queue.
+        relisted: Called for each object of a list: after a gap, deletions may have been missed.
+        configuration: The connection that kopf is to use as well.
+    """
+    registry = kopf.OperatorRegistry()
+
+    @kopf.on.login(registry=registry)
+    async def login(**_: Any) -> kopf.ConnectionInfo:
+        return await connection_info(configuration)
+
+    @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
+    async def on_finetunejob(event: kopf.RawEvent, **_: Any) -> None:
+        metrics.WATCH_EVENTS.labels("finetunejobs").inc()
+        raw: Any = event["object"]
+        if event["type"] == "DELETED":
+            add(store.drop_finetunejob(raw))
+            return
+        _note(event, store.put_finetunejob(raw))
+
+    @kopf.on.event("batch", "v1", "jobs", registry=registry)
+    async def on_job(event: kopf.RawEvent, **_: Any) -> None:
+        metrics.WATCH_EVENTS.labels("jobs").inc()
+        raw: Any = event["object"]
+        _note(event, store.put_job(raw, gone=event["type"] == "DELETED"))
+
+    @kopf.on.event("", "v1", "pods", registry=registry)
+    async def on_pod(event: kopf.RawEvent, **_: Any) -> None:
+        metrics.WATCH_EVENTS.labels("pods").inc()
+        raw: Any = event["object"]
+        _note(event, store.put_pod(raw, gone=event["type"] == "DELETED"))
+
+    def _note(event: kopf.RawEvent, key: Key | None) -> None:
+        if event["type"] is None:
+            relisted()
+        if key is not None:
+            add(key)
+
+    return registry
+
+
+def build_settings() -> kopf.OperatorSettings:
+    """Return kopf's settings: watches only, nothing stored on objects, nothing posted."""
+    settings = kopf.OperatorSettings()
+    settings.posting.enabled = False
+    settings.scanning.disabled = True
+    settings.peering.standalone = True
+    # A stream that neither side closes in time is a dead one.
+    settings.watching.server_timeout = 300
+    settings.watching.client_timeout = 310
+    settings.watching.connect_timeout = 30
+    settings.networking.request_timeout = 30
+    # Lists come in pages, and kopf forgets an object soon after its event: 5,000 raw objects would be 200 MB.
+    settings.watching.chunk_size = 200
+    settings.queueing.idle_timeout = 0.1
+    for resource in (("batch", "v1", "jobs"), ("", "v1", "pods")):
+        settings.watching.label_selectors[resource] = LABEL_FINETUNEJOB
+    return settings
+
+
+async def connection_info(configuration: client.Configuration) -> kopf.ConnectionInfo:
+    """Return the client's connection in kopf's terms; asked for again when a token has expired."""
+    scheme, _, token = (await bearer_token(configuration) or "").partition(" ")
+    return kopf.ConnectionInfo(
+        server=configuration.host,
+        ca_path=configuration.ssl_ca_cert,
+        insecure=not configuration.verify_ssl,
+        scheme=scheme or None,
+        token=token or None,
+        certificate_path=configuration.cert_file,
+        private_key_path=configuration.key_file,
+        proxy_url=configuration.proxy,
+    )

@@ -1,0 +1,166 @@
+"""The API server as plain dictionaries: one shared client, no model classes.
+
+kubernetes.aio's own methods turn every answer into model objects, which costs more time and memory than the request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import aiohttp
+from kubernetes.aio import client, config
+
+from tunewright_operator import metrics
+from tunewright_operator.constants import OPERATOR_NAME
+from tunewright_operator.errors import ApiUnreachable, NoCluster, api_error
+
+Document = dict[str, Any]
+
+_REQUEST_SECONDS = 30.0
+_LIST_SECONDS = 120.0
+_PAGE = 500
+
+FINETUNEJOBS = "apis/tunewright.dev/v1alpha1", "finetunejobs"
+JOBS = "apis/batch/v1", "jobs"
+PODS = "api/v1", "pods"
+EVENTS = "api/v1", "events"
+
+Resource = tuple[str, str]
+
+
+async def load_configuration() -> client.Configuration:
+    """Return the connection to the cluster: the pod's service account, else the kubeconfig of $KUBECONFIG.
+
+    Raises:
+        NoCluster: There is neither.
+    """
+    configuration = client.Configuration()
+    try:
+        config.load_incluster_config(configuration)  # type: ignore[no-untyped-call]
+    except config.ConfigException:
+        try:
+            await config.load_kube_config(  # type: ignore[no-untyped-call]
+                client_configuration=configuration, persist_config=False
+            )
+        except config.ConfigException as error:
+            raise NoCluster(f"no service account and no usable kubeconfig: {error}; set KUBECONFIG") from None
+    return configuration
+
+
+async def bearer_token(configuration: client.Configuration) -> str | None:
+    """Return the Authorization header, read anew where the token lies in a file; None with a client certificate."""
+    # The client sets the header only for its own generated methods.
+    header: str | None = await configuration.get_api_key_with_prefix("BearerToken", alias="authorization")
+    return header
+
+
+class Kube:
+    """Requests to the API server."""
+
+    def __init__(self, configuration: client.Configuration, concurrency: int) -> None:
+        """Open a client whose pool fits `concurrency` requests at once."""
+        # Beyond the workers: lists of a resync, and the health check.
+        configuration.connection_pool_maxsize = concurrency + 8
+        self.configuration = configuration
+        """Also tells kopf how to connect."""
+        self._client = client.ApiClient(configuration)
+        self.last_answer = time.monotonic()
+        """Monotonic time of the last answer of any kind."""
+
+    async def __aenter__(self) -> Kube:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._client.close()  # type: ignore[no-untyped-call]
+
+    async def get(self, resource: Resource, namespace: str, name: str) -> Document:
+        """Read an object. Raises an `ApiError` (NotFound when it is not there) or ApiUnreachable, as all here do."""
+        return await self._request("get", resource, _path(resource, namespace, name))
+
+    async def create(self, resource: Resource, namespace: str, document: Document) -> Document:
+        """Create an object."""
+        return await self._request("create", resource, _path(resource, namespace), body=document)
+
+    async def delete(self, resource: Resource, namespace: str, name: str) -> None:
+        """Delete an object; what it owns is removed in the background."""
+        await self._request(
+            "delete", resource, _path(resource, namespace, name), body={"propagationPolicy": "Background"}
+        )
+
+    async def patch_status(self, resource: Resource, namespace: str, name: str, patch: Document) -> Document:
+        """Merge a patch into the status subresource."""
+        group, plural = resource
+        path = f"{_path(resource, namespace, name)}/status?{urlencode({'fieldManager': OPERATOR_NAME})}"
+        return await self._request("patch", (group, f"{plural}/status"), path, body=patch)
+
+    async def list(
+        self, resource: Resource, namespace: str | None, selector: str | None = None
+    ) -> AsyncIterator[Document]:
+        """Read all objects of a namespace (None: of all), page by page: never all at once in memory."""
+        query = {"limit": str(_PAGE), **({"labelSelector": selector} if selector else {})}
+        while True:
+            path = f"{_path(resource, namespace)}?{urlencode(query)}"
+            page = await self._request("list", resource, path, limit=_LIST_SECONDS)
+            for item in page["items"]:
+                yield item
+            token = page["metadata"].get("continue")
+            if not token:
+                return
+            query["continue"] = token
+
+    async def _request(
+        self, verb: str, resource: Resource, path: str, *, body: Document | None = None, limit: float = _REQUEST_SECONDS
+    ) -> Document:
+        headers = {"Accept": "application/json", "User-Agent": OPERATOR_NAME}
+        if verb == "patch":
+            headers["Content-Type"] = "application/merge-patch+json"
+        token = await bearer_token(self.configuration)
+        if token is not None:
+            headers["Authorization"] = token
+        code = "none"
+        try:
+            response = await self._client.rest_client.request(  # type: ignore[no-untyped-call]
+                _METHODS[verb],
+                f"{self.configuration.host}/{path}",
+                headers=headers,
+                body=body,
+                _request_timeout=aiohttp.ClientTimeout(total=limit),
+            )
+            answer = await response.read()
+            code = str(response.status)
+        except (aiohttp.ClientError, TimeoutError, asyncio.IncompleteReadError) as error:
+            raise ApiUnreachable(f"{verb} {path.split('?')[0]}: {error!r}") from error
+        finally:
+            metrics.API_REQUESTS.labels(verb, resource[1], code).inc()
+        self.last_answer = time.monotonic()
+        document = _decode(answer)
+        if response.status >= 400:
+            message = document.get("message") or answer.decode(errors="replace")[:500]
+            raise api_error(response.status, document.get("reason", ""), message)
+        return document
+
+
+_METHODS = {"get": "GET", "list": "GET", "create": "POST", "delete": "DELETE", "patch": "PATCH"}
+
+
+def _decode(answer: bytes) -> Document:
+    try:
+        document = json.loads(answer)
+    except ValueError:
+        # A proxy in between answers in HTML; the status says the rest.
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def _path(resource: Resource, namespace: str | None, name: str | None = None) -> str:
+    group, plural = resource
+    scope = f"namespaces/{quote(namespace, safe='')}/" if namespace is not None else ""
+    return f"{group}/{scope}{plural}" + (f"/{quote(name, safe='')}" if name is not None else "")

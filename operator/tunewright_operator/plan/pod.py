@@ -1,0 +1,155 @@
+"""The training pod: security, resources, volumes and environment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tunewright_api.run_config import PVC_MOUNT_ROOT, RUN_ENVIRONMENT_VARIABLE, TrainRun
+from tunewright_api.v1alpha1.finetunejob import FineTuneJobSpec, Resources
+from tunewright_api.v1alpha1.pod import Pod
+from tunewright_operator import constants
+from tunewright_operator.settings import Settings
+
+Manifest = dict[str, Any]
+
+# Enough to upload a report and the log; nothing is saved on a stop before checkpoints exist.
+_GRACE_SECONDS = 60
+
+_SCRATCH = {"work": constants.WORK_PATH, "cache": constants.CACHE_PATH, "tmp": "/tmp"}  # noqa: S108  an emptyDir of the pod's own
+
+
+def pod_spec(spec: FineTuneJobSpec, run: TrainRun, settings: Settings) -> Manifest:
+    """Return the pod spec of one attempt. It passes the `restricted` Pod Security standard."""
+    pod = spec.pod or Pod()
+    claims = _claims(spec)
+    manifest: Manifest = {
+        "restartPolicy": "Never",
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": _GRACE_SECONDS,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": constants.USER_ID,
+            "runAsGroup": constants.USER_ID,
+            "fsGroup": constants.USER_ID,
+            # Changing the owner of every file of a large volume takes minutes; the root tells whether it is needed.
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "containers": [_container(spec, run, settings, claims)],
+        "volumes": _volumes(spec, settings, claims),
+    }
+    given = pod.document()
+    for field in (
+        "imagePullSecrets", "serviceAccountName", "nodeSelector", "tolerations", "affinity", "priorityClassName",
+        "runtimeClassName",
+    ):  # fmt: skip
+        if field in given:
+            manifest[field] = given[field]
+    return manifest
+
+
+def _container(spec: FineTuneJobSpec, run: TrainRun, settings: Settings, claims: dict[str, bool]) -> Manifest:
+    pod = spec.pod or Pod()
+    container: Manifest = {
+        "name": constants.CONTAINER_NAME,
+        "image": pod.image or settings.trainer_image,
+        "imagePullPolicy": settings.trainer_image_pull_policy,
+        "env": _environment(run),
+        "ports": [{"name": constants.PROGRESS_PORT_NAME, "containerPort": constants.PROGRESS_PORT}],
+        "resources": _resources(spec, settings),
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "terminationMessagePath": constants.TERMINATION_LOG,
+        # The report is JSON: the tail of the log in its place would only look like a broken one.
+        "terminationMessagePolicy": "File",
+        "volumeMounts": _mounts(claims),
+    }
+    secret = _storage_secret(spec, run)
+    if secret is not None:
+        container["envFrom"] = [{"secretRef": {"name": secret}}]
+    return container
+
+
+def _environment(run: TrainRun) -> list[Manifest]:
+    cache = constants.CACHE_PATH
+    values = {
+        RUN_ENVIRONMENT_VARIABLE: run.to_json(),
+        constants.ENV_TERMINATION_LOG: constants.TERMINATION_LOG,
+        constants.ENV_WORK: constants.WORK_PATH,
+        "HOME": cache,
+        "HF_HOME": f"{cache}/huggingface",
+        "MPLCONFIGDIR": f"{cache}/matplotlib",
+        "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor",
+        "TRITON_CACHE_DIR": f"{cache}/triton",
+        "XDG_CACHE_HOME": f"{cache}/xdg",
+    }
+    if run.gpus == 0:
+        # Images ask for all GPUs by this variable, and a container runtime gives them even without a request.
+        values["NVIDIA_VISIBLE_DEVICES"] = "void"
+    writer = {"name": constants.ENV_WRITER, "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}}
+    return [*({"name": name, "value": value} for name, value in values.items()), writer]
+
+
+def _resources(spec: FineTuneJobSpec, settings: Settings) -> Manifest:
+    given = spec.resources or Resources()
+    memory = given.memory or settings.default_memory
+    disk = given.ephemeral_storage or settings.default_ephemeral_storage
+    # No CPU limit: a throttled data loader starves the GPU.
+    requests = {"cpu": given.cpu or settings.default_cpu, "memory": memory, "ephemeral-storage": disk}
+    limits = {"memory": memory, "ephemeral-storage": disk}
+    if given.gpus > 0:
+        limits[given.gpu_resource] = str(given.gpus)
+    return {"requests": requests, "limits": limits}
+
+
+def _claims(spec: FineTuneJobSpec) -> dict[str, bool]:
+    """Return the PersistentVolumeClaims that the run names, and whether each one is only read."""
+    sources = [spec.model.uri, *(s.uri for s in spec.dataset.train), *(s.uri for s in spec.dataset.validation or ())]
+    claims = {claim: True for uri in sources if (claim := _claim_of(uri)) is not None}
+    output = _claim_of(spec.output.uri)
+    if output is not None:
+        claims[output] = False
+    return dict(sorted(claims.items()))
+
+
+def _claim_of(uri: str) -> str | None:
+    return uri.removeprefix("pvc://").split("/", 1)[0] if uri.startswith("pvc://") else None
+
+
+def _volumes(spec: FineTuneJobSpec, settings: Settings, claims: dict[str, bool]) -> list[Manifest]:
+    shared = (spec.resources or Resources()).shared_memory or settings.default_shared_memory
+    scratch = [{"name": name, "emptyDir": {}} for name in _SCRATCH]
+    memory = {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": shared}}
+    persistent = [
+        {"name": _volume_name(index), "persistentVolumeClaim": {"claimName": claim, "readOnly": read_only}}
+        for index, (claim, read_only) in enumerate(claims.items())
+    ]
+    return [*scratch, memory, *persistent]
+
+
+def _mounts(claims: dict[str, bool]) -> list[Manifest]:
+    scratch = [{"name": name, "mountPath": path} for name, path in _SCRATCH.items()]
+    memory = {"name": "shared-memory", "mountPath": "/dev/shm"}  # noqa: S108  an emptyDir of the pod's own
+    persistent = [
+        {"name": _volume_name(index), "mountPath": f"{PVC_MOUNT_ROOT}/{claim}", "readOnly": read_only}
+        for index, (claim, read_only) in enumerate(claims.items())
+    ]
+    return [*scratch, memory, *persistent]
+
+
+def _volume_name(index: int) -> str:
+    # A claim's name may have dots and 253 characters, a volume's may not.
+    return f"claim-{index}"
+
+
+def _storage_secret(spec: FineTuneJobSpec, run: TrainRun) -> str | None:
+    """Return the Secret with S3 credentials: the spec's own, or the platform's where S3 is used at all."""
+    if spec.storage is not None and spec.storage.secret_name is not None:
+        return str(spec.storage.secret_name)
+    sources = [*spec.dataset.train, *(spec.dataset.validation or ())]
+    uris = [spec.model.uri, spec.output.uri, *(source.uri for source in sources)]
+    return run.storage.secret_name if any(uri.startswith("s3://") for uri in uris) else None

@@ -1,0 +1,118 @@
+"""One pass over a FineTuneJob: read, decide, act, write the status once, tell of transitions."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+from dataclasses import replace
+
+from tunewright_api.conditions import ConditionType, is_true
+from tunewright_api.v1alpha1.status import FineTuneJobStatus
+from tunewright_api.validation import InvalidDocument, parse_finetunejob
+from tunewright_operator import metrics
+from tunewright_operator.apply import Applier
+from tunewright_operator.errors import Conflict, NotFound
+from tunewright_operator.observe import Observer
+from tunewright_operator.observed import ObservedRun, Refusal, parse_time
+from tunewright_operator.settings import Settings
+from tunewright_operator.status import (
+    CreateJob,
+    Decision,
+    DeleteJobs,
+    current_attempt,
+    decide,
+    is_finished,
+    refuse_spec,
+    transition_events,
+)
+from tunewright_operator.store import Key, Store
+
+
+def utc_now() -> datetime.datetime:
+    """Return the time; the default clock."""
+    return datetime.datetime.now(datetime.UTC)
+
+
+class Reconciler:
+    """Brings a FineTuneJob nearer to its end, one pass at a time."""
+
+    def __init__(
+        self,
+        store: Store,
+        observer: Observer,
+        applier: Applier,
+        settings: Settings,
+        clock: Callable[[], datetime.datetime] = utc_now,
+    ) -> None:
+        self._store = store
+        self._observer = observer
+        self._applier = applier
+        self._settings = settings
+        self._clock = clock
+
+    async def reconcile(self, key: Key) -> float | None:
+        """Make one pass; return the seconds after which to make another even when nothing happens.
+
+        Raises:
+            ApiError: The API server refused a request; the queue repeats the pass with backoff.
+            ApiUnreachable: It gave no answer; likewise.
+        """
+        document = await self._observer.finetunejob(key)
+        if document is None or "deletionTimestamp" in document["metadata"]:
+            return None
+        metadata, now = document["metadata"], self._clock()
+        previous = FineTuneJobStatus.model_validate(document.get("status", {}))
+        seen = await self._observer.run(key, metadata["uid"], previous, now)
+        try:
+            job = parse_finetunejob({**document, "status": None})
+        except InvalidDocument as error:
+            problems = [str(problem) for problem in error.problems]
+            decision = Decision(refuse_spec(previous, metadata["generation"], problems, now))
+        else:
+            decision = decide(job, previous, seen, now, self._settings)
+            match decision.action:
+                case CreateJob() as action:
+                    created = await self._applier.create_job(job, action)
+                    seen = (
+                        replace(seen, refusal=created) if isinstance(created, Refusal) else replace(seen, job=created)
+                    )
+                    decision = decide(job, previous, seen, self._clock(), self._settings)
+                case DeleteJobs() as action:
+                    await self._applier.delete_jobs(key, action)
+        return await self._finish(key, metadata, previous, seen, decision)
+
+    async def _finish(
+        self,
+        key: Key,
+        metadata: dict[str, str],
+        previous: FineTuneJobStatus,
+        seen: ObservedRun,
+        decision: Decision,
+    ) -> float | None:
+        status = decision.status
+        try:
+            written = await self._applier.write_status(key, metadata["resourceVersion"], previous, status)
+        except Conflict:
+            # Somebody changed the FineTuneJob meanwhile: decide again from what is there now.
+            return 0.0
+        except NotFound:
+            self._store.forget(key)
+            return None
+        if written:
+            _measure(previous, status, seen)
+            self._store.drop_pods_before(key, current_attempt(status))
+            for event in transition_events(previous, status):
+                await self._applier.post_event(key, metadata["uid"], event)
+        return decision.requeue_seconds
+
+
+def _measure(old: FineTuneJobStatus, new: FineTuneJobStatus, seen: ObservedRun) -> None:
+    started = is_true(new.conditions, ConditionType.PODS_READY) and not is_true(
+        old.conditions, ConditionType.PODS_READY
+    )
+    if started and seen.job is not None and seen.pod is not None and seen.pod.started_at is not None:
+        waited = parse_time(seen.pod.started_at) - parse_time(seen.job.created)
+        metrics.QUEUE_WAIT_SECONDS.observe(max(0.0, waited.total_seconds()))
+    if is_finished(new) and not is_finished(old) and new.start_time and new.completion_time:
+        took = parse_time(new.completion_time) - parse_time(new.start_time)
+        metrics.RUN_DURATION_SECONDS.labels(new.phase).observe(max(0.0, took.total_seconds()))

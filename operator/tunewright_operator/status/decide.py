@@ -1,0 +1,318 @@
+"""`decide`: the whole behaviour of a FineTuneJob, read top to bottom. Pure."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from typing import Literal
+
+from tunewright_api.base import seconds_of
+from tunewright_api.conditions import ConditionType, Reason, is_true
+from tunewright_api.defaults import resolve_evaluation, resolve_hyperparameters, resolve_lora
+from tunewright_api.exit_codes import Fate
+from tunewright_api.v1alpha1.finetunejob import FineTuneJob, FineTuneJobSpec, Resources, Timeouts
+from tunewright_api.v1alpha1.status import FineTuneJobStatus, JobRef, Plan
+from tunewright_operator import naming
+from tunewright_operator.observed import ObservedJob, ObservedPod, ObservedRun, Refusal
+from tunewright_operator.settings import Settings
+from tunewright_operator.status import ending, verdict
+from tunewright_operator.status.decision import CreateJob, Decision, DeleteJobs
+from tunewright_operator.status.memory import (
+    current_attempt,
+    halvings,
+    is_finished,
+    mark,
+    reason_of,
+    seconds_until,
+    timestamp,
+)
+
+_WAIT_FOR_OTHERS_SECONDS = 5.0
+"""Between looks at something that ends by itself soon and whose end a watch may not show."""
+_NO_POD_SECONDS = 30.0
+"""After this time a Job without a pod is worth a hint."""
+
+
+def decide(
+    job: FineTuneJob, previous: FineTuneJobStatus, seen: ObservedRun, now: datetime.datetime, settings: Settings
+) -> Decision:
+    """Return what to do and the new status.
+
+    Called again with what came of it after a `CreateJob`; a `DeleteJobs` goes with the status that is right once the
+    Jobs are gone. Deciding twice from the same state gives the same result.
+    """
+    if is_finished(previous):
+        return _clean_up(job.spec, previous, seen, now)
+    status = _visited(job, previous, now)
+    if _run_deadline_passed(job.spec, status, now):
+        return _deadline_exceeded(job.spec, status, seen, now, "timeouts.run", _timeouts(job.spec).run)
+    if seen.job is not None and seen.job.finished:
+        return _ended(job.spec, status, seen.job, seen.pod, settings, now)
+    if job.spec.suspend:
+        return _suspended(job, status, seen, now)
+    status = _resumed(status, now)
+    if seen.job is not None:
+        return _live(job.spec, status, seen.job, seen, settings, now)
+    if seen.job_gone:
+        name = naming.job_name(job.metadata.name, current_attempt(status))
+        return _after(ending.end_attempt(status, verdict.judge_missing_job(name), None, job.spec, settings, now), now)
+    return _next_attempt(status, seen, now)
+
+
+def refuse_spec(
+    previous: FineTuneJobStatus, generation: int | None, problems: Sequence[str], now: datetime.datetime
+) -> FineTuneJobStatus:
+    """Return the status of a FineTuneJob whose spec cannot work; all problems are in the message."""
+    if is_finished(previous):
+        return previous
+    message = "; ".join(problems)
+    status = previous.model_copy(update={"observed_generation": generation})
+    status = mark(status, now, (ConditionType.ACCEPTED, False, Reason.INVALID_SPEC, message))
+    return ending.fail(status, Reason.INVALID_SPEC, message, now)
+
+
+def _visited(job: FineTuneJob, previous: FineTuneJobStatus, now: datetime.datetime) -> FineTuneJobStatus:
+    status = previous.model_copy(update={"observed_generation": job.metadata.generation, "stage": "Train"})
+    if status.plan is None:
+        lora = resolve_lora(job.spec)
+        plan = Plan(
+            hyperparameters=resolve_hyperparameters(job.spec).document(),
+            evaluation=resolve_evaluation(job.spec).strategy,
+            lora=lora.document() if lora else None,
+        )
+        status = status.model_copy(update={"plan": plan, "phase": "Pending"})
+    return mark(status, now, (ConditionType.ACCEPTED, True, Reason.VALIDATED, ""))
+
+
+def _clean_up(spec: FineTuneJobSpec, status: FineTuneJobStatus, seen: ObservedRun, now: datetime.datetime) -> Decision:
+    """Remove the Jobs of a finished run when its time has come; the status never changes again."""
+    if spec.ttl_after_finished is None or status.completion_time is None or not seen.jobs:
+        return Decision(status)
+    wait = seconds_until(status.completion_time, now) + seconds_of(spec.ttl_after_finished)
+    if wait > 0:
+        return Decision(status, requeue_seconds=wait)
+    return Decision(status, DeleteJobs(seen.jobs))
+
+
+def _timeouts(spec: FineTuneJobSpec) -> Timeouts:
+    return (spec.retry.timeouts if spec.retry else None) or Timeouts()
+
+
+def _run_deadline_passed(spec: FineTuneJobSpec, status: FineTuneJobStatus, now: datetime.datetime) -> bool:
+    limit = _timeouts(spec).run
+    if limit is None or status.start_time is None or spec.suspend:
+        return False
+    return seconds_until(status.start_time, now) + seconds_of(limit) <= 0
+
+
+def _deadline_exceeded(
+    spec: FineTuneJobSpec,
+    status: FineTuneJobStatus,
+    seen: ObservedRun,
+    now: datetime.datetime,
+    field: Literal["timeouts.queue", "timeouts.run"],
+    limit: str | None,
+) -> Decision:
+    message = f"not done within retry.{field} of {limit}: raise it, or make the run shorter"
+    return _give_up(spec, status, seen, Reason.DEADLINE_EXCEEDED, message, now)
+
+
+def _give_up(
+    spec: FineTuneJobSpec,
+    status: FineTuneJobStatus,
+    seen: ObservedRun,
+    reason: str,
+    message: str,
+    now: datetime.datetime,
+) -> Decision:
+    """Fail a run whose pod may still be there."""
+    if seen.job is not None:
+        ruling = verdict.Verdict(reason, Fate.FATAL, message)
+        status = ending.record_attempt(status, ruling, seen.pod, spec, now)
+    return Decision(ending.fail(status, reason, message, now), _delete(seen.job))
+
+
+def _delete(job: ObservedJob | None) -> DeleteJobs | None:
+    return DeleteJobs((job.name,)) if job is not None and not job.deleting else None
+
+
+def _ended(
+    spec: FineTuneJobSpec,
+    status: FineTuneJobStatus,
+    job: ObservedJob,
+    pod: ObservedPod | None,
+    settings: Settings,
+    now: datetime.datetime,
+) -> Decision:
+    if pod is not None and pod.started_at is not None and status.start_time is None:
+        status = status.model_copy(update={"start_time": pod.started_at})
+    if job.finished == "Complete":
+        ruling = verdict.judge_success(pod)
+    else:
+        memory = (spec.resources or Resources()).memory or settings.default_memory
+        ruling = verdict.judge_failure(job, pod, memory)
+    return _after(ending.end_attempt(status, ruling, pod, spec, settings, now), now)
+
+
+def _after(status: FineTuneJobStatus, now: datetime.datetime) -> Decision:
+    if status.next_attempt_time is None:
+        return Decision(status, requeue_seconds=0.0 if not is_finished(status) else None)
+    return Decision(status, requeue_seconds=max(0.0, seconds_until(status.next_attempt_time, now)))
+
+
+def _suspended(job: FineTuneJob, status: FineTuneJobStatus, seen: ObservedRun, now: datetime.datetime) -> Decision:
+    started = status.job_ref is not None or seen.job is not None
+    if started:
+        ruling = verdict.Verdict(Reason.USER_SUSPENDED, Fate.FREE_RETRY, "suspended by spec.suspend")
+        status = ending.record_attempt(status, ruling, seen.pod, job.spec, now)
+    status = mark(
+        status,
+        now,
+        (ConditionType.SUSPENDED, True, Reason.USER_SUSPENDED, "set spec.suspend to false to go on"),
+        (ConditionType.PODS_READY, False, Reason.USER_SUSPENDED, ""),
+    )
+    status = status.model_copy(update={"phase": "Suspended", "next_attempt_time": None, "progress": None})
+    return Decision(status, _delete(seen.job))
+
+
+def _resumed(status: FineTuneJobStatus, now: datetime.datetime) -> FineTuneJobStatus:
+    if not is_true(status.conditions, ConditionType.SUSPENDED):
+        return status
+    status = mark(
+        status,
+        now,
+        (ConditionType.SUSPENDED, False, Reason.RESUMED, ""),
+        (ConditionType.PODS_READY, False, Reason.PENDING, ""),
+    )
+    return status.model_copy(update={"phase": "Pending"})
+
+
+def _live(
+    spec: FineTuneJobSpec,
+    status: FineTuneJobStatus,
+    job: ObservedJob,
+    seen: ObservedRun,
+    settings: Settings,
+    now: datetime.datetime,
+) -> Decision:
+    """A Job that has not ended: name what its pod waits for, take over progress, keep the time limits."""
+    status = status.model_copy(
+        update={
+            "attempt": current_attempt(status),
+            "job_ref": JobRef(name=job.name, uid=job.uid),
+            "next_attempt_time": None,
+        }
+    )
+    pod = seen.pod
+    if pod is not None and pod.deletion_time is not None and not pod.terminal:
+        lost_in = seconds_until(pod.deletion_time, now) + settings.node_lost_grace_seconds
+        if lost_in <= 0:
+            ended = ending.end_attempt(status, verdict.judge_lost_node(pod), pod, spec, settings, now)
+            return Decision(ended, _delete(job), _after(ended, now).requeue_seconds)
+        return Decision(status, requeue_seconds=lost_in)
+    if pod is not None and pod.terminal:
+        # The Job controller says so within a second or two, and its event brings us back.
+        return Decision(status)
+    if pod is not None and pod.running:
+        return _running(spec, status, seen, pod, settings, now)
+    return _pending(spec, status, job, seen, settings, now)
+
+
+def _running(
+    spec: FineTuneJobSpec,
+    status: FineTuneJobStatus,
+    seen: ObservedRun,
+    pod: ObservedPod,
+    settings: Settings,
+    now: datetime.datetime,
+) -> Decision:
+    status = mark(status, now, (ConditionType.PODS_READY, True, Reason.ALL_READY, ""))
+    start = status.start_time or pod.started_at or timestamp(now)
+    status = status.model_copy(update={"phase": "Running", "start_time": start})
+    if seen.progress is not None:
+        status = status.model_copy(update={"progress": seen.progress})
+    waits = [settings.progress_interval_seconds]
+    limit = _timeouts(spec).run
+    if limit is not None:
+        waits.append(max(0.0, seconds_until(start, now) + seconds_of(limit)))
+    return Decision(status, requeue_seconds=min(waits))
+
+
+def _pending(
+    spec: FineTuneJobSpec,
+    status: FineTuneJobStatus,
+    job: ObservedJob,
+    seen: ObservedRun,
+    settings: Settings,
+    now: datetime.datetime,
+) -> Decision:
+    waits = []
+    limit = _timeouts(spec).queue
+    if limit is not None:
+        left = seconds_until(job.created, now) + seconds_of(limit)
+        if left <= 0:
+            return _deadline_exceeded(spec, status, seen, now, "timeouts.queue", limit)
+        waits.append(left)
+    reason, message, grace = _pod_problem(seen.pod, settings)
+    if grace is not None:
+        assert seen.pod is not None
+        left = seconds_until(seen.pod.scheduled_at or seen.pod.created, now) + grace
+        if left <= 0:
+            return _give_up(spec, status, seen, reason, message, now)
+        waits.append(left)
+    if seen.pod is None:
+        left = seconds_until(job.created, now) + _NO_POD_SECONDS
+        if left > 0:
+            waits.append(left)
+        else:
+            message = (
+                f"Job {job.name} has no pod yet: `kubectl describe job {job.name}` says why "
+                "(quota, Pod Security, a missing ServiceAccount)"
+            )
+    status = mark(status, now, (ConditionType.PODS_READY, False, reason, message))
+    return Decision(status.model_copy(update={"phase": "Pending"}), requeue_seconds=min(waits, default=None))
+
+
+def _pod_problem(pod: ObservedPod | None, settings: Settings) -> tuple[str, str, float | None]:
+    """Return reason, message, and the seconds after which the problem is final (None: never)."""
+    if pod is None:
+        return Reason.WAITING_FOR_PODS, "", None
+    if pod.unschedulable is not None:
+        return Reason.UNSCHEDULABLE, pod.unschedulable, None
+    detail = f"pod {pod.name}: {pod.waiting_reason}: {pod.waiting_message}"
+    if pod.image_problem:
+        return Reason.IMAGE_PULL_FAILED, detail, settings.image_pull_grace_seconds
+    if pod.config_problem:
+        reason = Reason.IMAGE_PULL_FAILED if pod.waiting_reason == "InvalidImageName" else Reason.CONFIG_ERROR
+        return reason, detail, settings.config_error_grace_seconds
+    return Reason.WAITING_FOR_PODS, "", None
+
+
+def _next_attempt(status: FineTuneJobStatus, seen: ObservedRun, now: datetime.datetime) -> Decision:
+    if seen.refusal is not None:
+        return _refused(status, seen.refusal, now)
+    if status.next_attempt_time is not None:
+        wait = seconds_until(status.next_attempt_time, now)
+        if wait > 0:
+            return Decision(status, requeue_seconds=wait)
+    if seen.earlier_pods:
+        # Two pods of one run at once would be twice the GPUs, and two writers.
+        message = f"waiting for the end of {', '.join(seen.earlier_pods)} of an earlier attempt"
+        status = mark(status, now, (ConditionType.PODS_READY, False, Reason.RESTARTING, message))
+        return Decision(status, requeue_seconds=_WAIT_FOR_OTHERS_SECONDS)
+    return Decision(status, CreateJob(current_attempt(status), halvings(status)))
+
+
+def _refused(status: FineTuneJobStatus, refusal: Refusal, now: datetime.datetime) -> Decision:
+    match refusal.kind:
+        case "Foreign":
+            return Decision(ending.fail(status, Reason.NAME_CONFLICT, refusal.message, now))
+        case "Invalid":
+            return Decision(refuse_spec(status, status.observed_generation, [refusal.message], now))
+        case "Predecessor":
+            marked = mark(status, now, (ConditionType.PODS_READY, False, Reason.PENDING, refusal.message))
+            return Decision(marked, requeue_seconds=_WAIT_FOR_OTHERS_SECONDS)
+        case "Forbidden":
+            repeated = reason_of(status, ConditionType.PODS_READY) == Reason.FORBIDDEN
+            marked = mark(status, now, (ConditionType.PODS_READY, False, Reason.FORBIDDEN, refusal.message))
+            return Decision(marked, requeue_seconds=60.0 if repeated else 10.0)

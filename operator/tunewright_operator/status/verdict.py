@@ -1,0 +1,96 @@
+"""Why an attempt ended, and what follows from it. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tunewright_api.conditions import Reason
+from tunewright_api.exit_codes import Fate, outcome_of
+from tunewright_api.run_report import RunReport
+from tunewright_operator.observed import ObservedJob, ObservedPod, parse_report
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Cause of an attempt's end."""
+
+    cause: str
+    fate: Fate
+    message: str
+    exit_code: int | None = None
+    report: RunReport | None = None
+
+
+_DISRUPTION_TEXT = {
+    Reason.PREEMPTED: "the pod was preempted by one of higher priority",
+    Reason.EVICTED: "the pod was evicted",
+    Reason.NODE_LOST: "the node of the pod is gone or does not answer",
+}
+
+
+def judge_success(pod: ObservedPod | None) -> Verdict:
+    """Judge an attempt whose Job is complete: without a report of a published result it has failed after all."""
+    report = parse_report(pod.report) if pod else None
+    if report is None or report.exit_code != 0 or report.output is None or report.run_key is None:
+        message = (
+            "the pod ended with code 0 but left no valid report of a published result in its termination message; "
+            "does pod.image contain the trainer of this version?"
+        )
+        return Verdict(Reason.OUTPUT_MISSING, Fate.COUNTED_RETRY, message, 0)
+    return Verdict(Reason.CACHED if report.cached else Reason.SUCCEEDED, Fate.SUCCEEDED, report.message, 0, report)
+
+
+def judge_failure(job: ObservedJob, pod: ObservedPod | None, memory_limit: str) -> Verdict:
+    """Judge an attempt whose Job has failed.
+
+    What the trainer itself called final stays final, whatever happened to the pod. Then comes what the platform did
+    to the pod, and only then the exit code, because a pod that is being taken away may end with any.
+    """
+    if pod is None:
+        return Verdict(Reason.POD_DELETED, Fate.FREE_RETRY, job.message or "the pod was deleted")
+    report = parse_report(pod.report)
+    if pod.exit_code is not None and outcome_of(pod.exit_code).fate is Fate.FATAL:
+        return _by_exit_code(pod, pod.exit_code, report)
+    if pod.disruption is not None:
+        text = _DISRUPTION_TEXT[Reason(pod.disruption)]
+        return Verdict(pod.disruption, Fate.FREE_RETRY, _joined(text, pod.disruption_message), pod.exit_code, report)
+    if pod.status_reason == "Evicted":
+        # Evicted without being a disruption's target: it went over a limit of its own and would do so again.
+        text = "the pod was evicted for using more than its limits; raise resources.ephemeralStorage or .memory"
+        return Verdict(Reason.EVICTED, Fate.COUNTED_RETRY, _joined(text, pod.status_message), pod.exit_code, report)
+    if pod.termination_reason == "OOMKilled":
+        text = (
+            f"the container went over its memory limit of {memory_limit} and was killed: raise resources.memory, "
+            "or lower hyperparameters.batchSize or maxSequenceLength"
+        )
+        return Verdict(Reason.OUT_OF_MEMORY, Fate.COUNTED_RETRY, text, pod.exit_code, report)
+    if pod.deletion_time is not None or pod.exit_code is None:
+        message = f"pod {pod.name} was deleted" if pod.deletion_time else job.message or "the pod never ran"
+        return Verdict(Reason.POD_DELETED, Fate.FREE_RETRY, message, pod.exit_code, report)
+    return _by_exit_code(pod, pod.exit_code, report)
+
+
+def judge_lost_node(pod: ObservedPod) -> Verdict:
+    """Judge an attempt whose pod should be gone but is not: nobody on its node carries the deletion out."""
+    where = f"node {pod.node}" if pod.node else "its node"
+    return Verdict(Reason.NODE_LOST, Fate.FREE_RETRY, f"pod {pod.name} was deleted, but {where} does not answer")
+
+
+def judge_missing_job(name: str) -> Verdict:
+    """Judge an attempt whose Job somebody deleted."""
+    return Verdict(Reason.JOB_DELETED, Fate.FREE_RETRY, f"Job {name} was deleted")
+
+
+def _by_exit_code(pod: ObservedPod, exit_code: int, report: RunReport | None) -> Verdict:
+    outcome = outcome_of(exit_code)
+    if report is not None and report.message:
+        message = report.message
+    else:
+        message = f"pod {pod.name} ended with exit code {exit_code} and no report; see its log"
+    # 0 under a failed Job: the trainer did not fail, so it cannot have succeeded either.
+    fate = Fate.COUNTED_RETRY if outcome.fate is Fate.SUCCEEDED else outcome.fate
+    return Verdict(outcome.reason, fate, message, exit_code, report)
+
+
+def _joined(text: str, detail: str) -> str:
+    return f"{text}: {detail}" if detail else text

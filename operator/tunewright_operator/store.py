@@ -1,0 +1,173 @@
+"""What the watches have delivered, trimmed to what decisions need. No I/O, one event loop, no locks.
+
+A finetunejob is kept as JSON text, a tenth of the size of the dictionaries in it; of a finished one only its version
+and phase are kept. Deciding from here is safe where a stale object leads only to a refused request (a Job is created
+by its one name, a status is written against the version it was read in) or to another look; that something is *not*
+there is always asked of the API server.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from tunewright_operator.constants import LABEL_FINETUNEJOB
+from tunewright_operator.observed import ObservedJob, ObservedPod, parse_job, parse_pod
+
+Raw = Mapping[str, Any]
+
+
+class Key(NamedTuple):
+    """A FineTuneJob."""
+
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        """Return the key as people write it."""
+        return f"{self.namespace}/{self.name}"
+
+
+@dataclass(slots=True)
+class Entry:
+    """All that is known of one FineTuneJob."""
+
+    version: int = 0
+    """resourceVersion of the newest state seen or written."""
+    text: str | None = None
+    """The FineTuneJob as JSON; None when it must be read live, or is finished."""
+    phase: str = ""
+    finished: bool = False
+    has_ttl: bool = False
+    jobs: dict[str, ObservedJob] = field(default_factory=dict)
+    pods: dict[str, ObservedPod] = field(default_factory=dict)
+    progress_written: float = 0.0
+    """Monotonic time of the last progress write."""
+    awaited: tuple[int, float] | None = None
+    """Version that we wrote and the watch has not shown yet, and when."""
+
+
+class Store:
+    """Entries by key."""
+
+    def __init__(self) -> None:
+        self._entries: dict[Key, Entry] = {}
+
+    def entry(self, key: Key) -> Entry:
+        """Return the entry of a key, made when missing."""
+        return self._entries.setdefault(key, Entry())
+
+    def find(self, key: Key) -> Entry | None:
+        """Return the entry of a key, or None."""
+        return self._entries.get(key)
+
+    def forget(self, key: Key) -> None:
+        """Drop all that is known of a FineTuneJob."""
+        self._entries.pop(key, None)
+
+    def keys(self) -> Iterator[Key]:
+        """Return all keys."""
+        return iter(list(self._entries))
+
+    def put_finetunejob(self, raw: Raw, *, written: bool = False) -> Key | None:
+        """Take over a FineTuneJob; return its key when it is news.
+
+        Args:
+            raw: The object.
+            written: It is the answer to our own write: the watch will show it again, which is then no news.
+        """
+        metadata = raw["metadata"]
+        key = Key(metadata["namespace"], metadata["name"])
+        entry = self.entry(key)
+        version = int(metadata["resourceVersion"])
+        if entry.awaited is not None and version >= entry.awaited[0]:
+            entry.awaited = None
+        if version <= entry.version:
+            return None
+        status = raw.get("status", {})
+        entry.version = version
+        entry.phase = status.get("phase", "")
+        entry.finished = status.get("completionTime") is not None
+        entry.has_ttl = "ttlAfterFinished" in raw["spec"]
+        if written:
+            entry.awaited = (version, time.monotonic())
+        if entry.finished:
+            entry.text = None
+            entry.pods.clear()
+        else:
+            entry.text = json.dumps(_trimmed(raw), separators=(",", ":"))
+        return key
+
+    def drop_finetunejob(self, raw: Raw) -> Key:
+        """Forget a deleted FineTuneJob."""
+        key = Key(raw["metadata"]["namespace"], raw["metadata"]["name"])
+        self.forget(key)
+        return key
+
+    def put_job(self, raw: Raw, *, gone: bool = False) -> Key | None:
+        """Take over a Job, or its removal; return the key when it is news."""
+        key = owner_key(raw)
+        if key is None:
+            return None
+        if gone:
+            known = self._entries.get(key)
+            return key if known is not None and known.jobs.pop(raw["metadata"]["name"], None) is not None else None
+        job, jobs = parse_job(raw), self.entry(key).jobs
+        if jobs.get(job.name) == job:
+            return None
+        jobs[job.name] = job
+        return key
+
+    def put_pod(self, raw: Raw, *, gone: bool = False) -> Key | None:
+        """Take over a pod, or its removal; return the key when it is news. Pods of finished runs are nobody's news."""
+        key = owner_key(raw)
+        if key is None:
+            return None
+        entry = self._entries.get(key) if gone else self.entry(key)
+        if entry is None or entry.finished:
+            return None
+        pod = parse_pod(raw, gone=gone)
+        if entry.pods.get(pod.name) == pod:
+            return None
+        entry.pods[pod.name] = pod
+        return key
+
+    def drop_pods_before(self, key: Key, attempt: int) -> None:
+        """Forget pods of attempts whose end is on record."""
+        entry = self._entries.get(key)
+        if entry is not None:
+            entry.pods = {name: pod for name, pod in entry.pods.items() if pod.attempt >= attempt}
+
+    def phases(self) -> Counter[tuple[str, str]]:
+        """Count FineTuneJobs by namespace and phase."""
+        return Counter((key.namespace, entry.phase or "Pending") for key, entry in self._entries.items())
+
+    def longest_awaited(self) -> float:
+        """Return for how many seconds the watch has owed us the echo of a write of our own."""
+        now = time.monotonic()
+        return max((now - e.awaited[1] for e in self._entries.values() if e.awaited is not None), default=0.0)
+
+
+def owner_key(raw: Raw) -> Key | None:
+    """Return the FineTuneJob that a Job or pod says it belongs to."""
+    metadata = raw["metadata"]
+    name = metadata.get("labels", {}).get(LABEL_FINETUNEJOB)
+    return Key(metadata["namespace"], name) if name else None
+
+
+_KEPT = ("name", "namespace", "uid", "generation", "resourceVersion", "creationTimestamp", "deletionTimestamp")
+
+
+def _trimmed(raw: Raw) -> dict[str, Any]:
+    metadata = {key: raw["metadata"][key] for key in _KEPT if key in raw["metadata"]}
+    return {
+        "apiVersion": raw["apiVersion"],
+        "kind": raw["kind"],
+        "metadata": metadata,
+        "spec": raw["spec"],
+        "status": raw.get("status", {}),
+    }
