@@ -22,12 +22,15 @@ class ExitCode(enum.IntEnum):
     """How a trainer process ended. The only definition; the Job's podFailurePolicy is rendered from it."""
 
     SUCCESS = 0
+    """Trained and published, or the result was there already."""
     INTERNAL_ERROR = 1
+    """A fault of the trainer or of a library; the log has the traceback."""
     INVALID_INPUT = 20
     """The data, the model or the configuration cannot work."""
     ACCESS_DENIED = 21
     """Storage or a hub refused the credentials."""
     GPU_OUT_OF_MEMORY = 22
+    """Model, adapter and one micro-batch do not fit the GPU; the next attempt halves `batchSize`."""
     UNAVAILABLE = 23
     """Storage or network did not answer, all retries included."""
     DIVERGED = 24
