@@ -11,7 +11,6 @@ from tests.cluster.certificates import Authority
 
 SERVICE_NETWORK = "10.96.0.0/16"
 _KUBERNETES_SERVICE = "10.96.0.1"
-POD_NETWORK = "10.244.0.0/16"
 
 
 @dataclass(frozen=True)
@@ -23,6 +22,8 @@ class ControlPlane:
     address: str
     """Where the API server listens: loopback without a node, the namespace's address with one."""
     port: int
+    pods: str = "10.244.0.0/24"
+    """Addresses of the node's pods."""
     namespace: str | None = None
     """Network namespace, None for the machine's own."""
 
@@ -131,7 +132,7 @@ class ControlPlane:
             f"--root-ca-file={authority.certificate}",
             "--use-service-account-credentials",
             "--allocate-node-cidrs",
-            f"--cluster-cidr={POD_NETWORK}",
+            f"--cluster-cidr={self.pods}",
             "--leader-elect=false",
             "--bind-address=127.0.0.1",
             f"--secure-port={ports.free(1)[0]}",

@@ -41,8 +41,8 @@ def up(profile: Profile, name: str = DEFAULT_NAME) -> Cluster:
     one is always empty.
 
     Args:
-        profile: `control-plane` has an API server and controllers but no node: pods stay Pending, and several such
-            clusters can live at once. `full` runs pods, needs root, and exists once per machine.
+        profile: `control-plane` has an API server and controllers but no node: pods stay Pending. `full` runs pods and
+            needs root. Several of both can live at once.
         name: to tell clusters apart.
 
     Raises:
@@ -98,7 +98,6 @@ def _start_plane(name: str, folder: Path, programs: dict[str, Path]) -> Cluster:
 
 
 def _start_full(name: str, folder: Path, programs: dict[str, Path]) -> Cluster:
-    (folder / "full").touch()
     plane, registry, s3 = full.start(folder, programs)
     kubectl, helm = programs["kubectl"], programs["helm"]
     return Cluster(name, "full", plane.kubeconfig, kubectl, helm, registry, s3)
@@ -106,9 +105,7 @@ def _start_full(name: str, folder: Path, programs: dict[str, Path]) -> Cluster:
 
 def _remove(folder: Path) -> None:
     processes.stop(folder)
-    # A mark from before anything was made: a full cluster that never got up has left traces too.
-    if (folder / "full").exists():
-        full.remove(folder)
+    full.remove(folder)
     if folder.exists():
         shutil.rmtree(folder)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tests.cluster import cgroups, debian, images, mounts, network, node, paths, processes, registry, s3
+from tests.cluster import cgroups, debian, images, mounts, node, paths, processes, registry, s3
 from tests.cluster.certificates import Authority
 from tests.cluster.control_plane import ControlPlane
+from tests.cluster.network import Network, create
 
 S3_PORT = 8333
 API_PORT = 6443
@@ -22,29 +23,37 @@ def start(folder: Path, programs: dict[str, Path]) -> tuple[ControlPlane, str, s
     if os.geteuid() != 0:
         raise RuntimeError("the full profile needs root for namespaces and mounts; without it use `control-plane`")
     debian.require("nftables", "iproute2", "conntrack", "containernetworking-plugins", "buildah", "procps")
-    network.create()
-    registry_address = registry.start(programs["registry"], folder, network.HOST)
+    network = create(_mark(folder))
+    registry_address = registry.start(programs["registry"], folder, network.host)
     storage = folder / "s3"
-    processes.start("s3", s3.server_command(storage, network.HOST, S3_PORT), folder)
-    plane = ControlPlane(folder, programs, network.NODE, API_PORT, network.NAMESPACE)
+    processes.start("s3", s3.server_command(storage, network.host, S3_PORT), folder)
+    plane = ControlPlane(folder, programs, network.node, API_PORT, network.pods, network.name)
     pause = images.push(images.build_pause_image(programs["pause"]), registry_address)
-    one = node.Node(plane, registry_address, pause)
+    one = node.Node(plane, network, registry_address, pause)
     one.start_containerd()
     authority = Authority(folder / "pki")
     plane.start(authority)
     one.start(authority)
-    server = s3.S3Server(f"http://{network.HOST}:{S3_PORT}")
+    server = s3.S3Server(f"http://{network.host}:{S3_PORT}")
     s3.wait_ready(server.endpoint, folder / "logs" / "s3.log", lambda: _runs("s3", folder))
     return plane, registry_address, server
 
 
 def remove(folder: Path) -> None:
-    """Removes what a full cluster in `folder` leaves outside of it once its processes have ended."""
+    """Removes what a full cluster leaves outside of `folder` once its processes have ended; others are left alone."""
+    if not _mark(folder).exists():
+        return
+    network = Network(int(_mark(folder).read_text()))
     mounts.remove(folder)
-    mounts.remove(paths.cache() / "containerd")
+    mounts.remove(paths.containerd(folder))
     cgroups.remove(processes.cgroup(folder))
-    node.remove_leftovers()
+    node.remove_leftovers(network)
     network.remove()
+
+
+def _mark(folder: Path) -> Path:
+    """The file that says which network the cluster has; written before anything outside of `folder` is made."""
+    return folder / "network"
 
 
 def _runs(component: str, folder: Path) -> bool:

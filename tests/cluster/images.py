@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 from tests.cluster import debian, paths, registry
@@ -54,8 +53,9 @@ def build_trainer_image() -> str:
 def build_pause_image(program: Path) -> str:
     """Returns the name of an image with nothing but `program`, which holds a pod's namespaces."""
     image = f"localhost/tunewright-pause:{hashlib.sha256(program.read_bytes()).hexdigest()[:16]}"
-    with _locked():
-        if not _exists(image):
+    # Asked without the lock first: else a cluster could not start while the trainer image is built.
+    if not _exists(image):
+        with paths.locked(paths.cache() / "images.lock"):
             _commit(program, image, "/pause", "--entrypoint", '["/pause"]', "--user", "65535:65535")
     return image
 
@@ -79,12 +79,14 @@ def push(image: str, address: str) -> str:
 
 
 def _build(name: str, dockerfile: str) -> str:
-    with _locked():
+    with paths.locked(paths.cache() / "images.lock"):
         # A copy, so that the tag is true even when somebody edits a file during the build.
         context = _copy_inputs(dockerfile)
         image = f"localhost/{name}:{_digest(context)}"
         if _exists(image):
             return image
+        # What a build that was killed has left; all containers in this storage are ours, and no other build runs.
+        _buildah("rm", "--all")
         _ensure_base_image()
         started = time.monotonic()
         print(f"building {image}", file=sys.stderr, flush=True)
@@ -111,7 +113,20 @@ def _copy_inputs(dockerfile: str) -> Path:
             shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", ".*_cache"))
         else:
             shutil.copy2(source, target)
+    project = context / "pyproject.toml"
+    project.write_text(_packaging_only(project.read_text()))
     return context
+
+
+def _packaging_only(project: str) -> str:
+    """Returns a pyproject.toml without the settings of linters and tests, which would rebuild gigabytes for nothing."""
+    kept, keep = [], True
+    for line in project.splitlines(keepends=True):
+        if line.startswith("["):
+            keep = line.startswith(("[build-system]", "[project", "[tool.hatch"))
+        if keep:
+            kept.append(line)
+    return "".join(kept)
 
 
 def _build_mounts() -> list[str]:
@@ -204,7 +219,3 @@ def _storage() -> Path:
     folder = paths.cache() / "images"
     folder.mkdir(exist_ok=True)
     return folder
-
-
-def _locked() -> AbstractContextManager[None]:
-    return paths.locked(paths.cache() / "images.lock")

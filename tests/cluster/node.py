@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from tests.cluster import cgroups, network, paths, processes
+from tests.cluster import cgroups, paths, processes
 from tests.cluster.certificates import Authority
-from tests.cluster.control_plane import POD_NETWORK, ControlPlane
+from tests.cluster.control_plane import ControlPlane
+from tests.cluster.network import Network
 
 NODE_NAME = "node1"
-SOCKETS = Path("/run/tunewright")
-"""Sockets of containerd's shims: their names are long, and a socket's path may have 107 bytes only."""
-
-_CNI_NETWORK = "tunewright"
 
 _CNI_PLUGINS = "/usr/lib/cni"
 """Where Debian's containernetworking-plugins puts them."""
@@ -28,6 +26,7 @@ class Node:
     """What is needed to start the node of one cluster."""
 
     plane: ControlPlane
+    network: Network
     registry: str
     pause_image: str
 
@@ -65,7 +64,7 @@ class Node:
             component,
             [str(programs[component]), *arguments],
             self.folder,
-            namespace=network.NAMESPACE,
+            namespace=self.network.name,
             environment={"PATH": path},
         )
 
@@ -104,18 +103,18 @@ class Node:
         # through the kernel's address translation.
         addresses = {
             "type": "host-local",
-            "ranges": [[{"subnet": network.NODE_PODS}]],
+            "ranges": [[{"subnet": self.network.pods}]],
             "routes": [{"dst": "0.0.0.0/0"}],
             "dataDir": str(folder / "cni" / "addresses"),
         }
         plugins = [{"type": "ptp", "ipMasq": False, "mtu": 1500, "ipam": addresses}]
-        cni = {"cniVersion": "1.0.0", "name": _CNI_NETWORK, "plugins": plugins}
-        (folder / "cni" / "10-tunewright.conflist").write_text(json.dumps(cni, indent=1))
+        cni = {"cniVersion": "1.0.0", "name": self.network.name, "plugins": plugins}
+        (folder / "cni" / "10-pods.conflist").write_text(json.dumps(cni, indent=1))
         (folder / "containerd.toml").write_text(
             _CONTAINERD.format(
                 folder=folder,
-                root=paths.cache() / "containerd",
-                sockets=SOCKETS,
+                root=paths.containerd(folder),
+                sockets=self.network.runtime,
                 pause=self.pause_image,
                 runc=self.plane.programs["runc"],
                 cni_plugins=_CNI_PLUGINS,
@@ -125,12 +124,12 @@ class Node:
     def _start_kubelet(self, authority: Authority) -> None:
         user = f"system:node:{NODE_NAME}"
         kubeconfig = authority.kubeconfig(self.folder / "kubelet.kubeconfig", self.plane.server, user, "system:nodes")
-        certificate, key = authority.issue("kubelet-server", user, addresses=(network.NODE, NODE_NAME))
+        certificate, key = authority.issue("kubelet-server", user, addresses=(self.network.node, NODE_NAME))
         root = self.folder / "kubelet"
         configuration = {
             "apiVersion": "kubelet.config.k8s.io/v1beta1",
             "kind": "KubeletConfiguration",
-            "address": network.NODE,
+            "address": self.network.node,
             "authentication": {
                 "anonymous": {"enabled": False},
                 "webhook": {"enabled": False},
@@ -167,7 +166,7 @@ class Node:
             f"--kubeconfig={kubeconfig}",
             f"--root-dir={root}",
             f"--hostname-override={NODE_NAME}",
-            f"--node-ip={network.NODE}",
+            f"--node-ip={self.network.node}",
         )
 
     def _start_kube_proxy(self, authority: Authority) -> None:
@@ -177,7 +176,7 @@ class Node:
             "kind": "KubeProxyConfiguration",
             "mode": "nftables",
             "clientConnection": {"kubeconfig": str(kubeconfig)},
-            "clusterCIDR": POD_NETWORK,
+            "clusterCIDR": self.network.pods,
             "hostnameOverride": NODE_NAME,
             # The limit belongs to the whole machine, so a namespace may not set it.
             "conntrack": {"maxPerCore": 0},
@@ -187,14 +186,12 @@ class Node:
         self._run("kube-proxy", f"--config={file}")
 
 
-def remove_leftovers() -> None:
+def remove_leftovers(network: Network) -> None:
     """Removes what killed shims and pods leave outside of the cluster's folder."""
-    for result in Path("/var/lib/cni/results").glob(f"{_CNI_NETWORK}-*"):
+    for result in Path("/var/lib/cni/results").glob(f"{network.name}-*"):
         result.unlink()
-    if SOCKETS.exists():
-        for socket in SOCKETS.iterdir():
-            socket.unlink()
-        SOCKETS.rmdir()
+    if network.runtime.exists():
+        shutil.rmtree(network.runtime)
 
 
 # restrict_oom_score_adj: root without CAP_SYS_RESOURCE (nested machines) may not lower the score of a container.

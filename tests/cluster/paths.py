@@ -5,7 +5,7 @@ runs:
 
     binaries/         what `go build` made, one folder per module, keyed by its pins
     clusters/NAME/    one running cluster: certificates, logs, sockets, mounts; deleted by `down`
-    containerd/       unpacked images; kept, because re-unpacking the trainer image costs minutes
+    containerd/NAME/  unpacked images; kept, because unpacking the trainer image again costs a minute
     registry/         pushed images; kept for the same reason
     images/           buildah's storage and the Debian base folder
     models/           converted models
@@ -40,6 +40,11 @@ def cache() -> Path:
     folder = Path(chosen) if chosen else Path(base) / "tunewright"
     folder.mkdir(parents=True, exist_ok=True)
     return folder.resolve()
+
+
+def containerd(folder: Path) -> Path:
+    """Returns where containerd of the cluster in `folder` keeps its images."""
+    return folder.parents[1] / "containerd" / folder.name
 
 
 def cluster(name: str) -> Path:
