@@ -85,6 +85,12 @@ class EndpointUnreachable(InvalidInput):
     reason = "EndpointUnreachable"
 
 
+class DiskFull(InvalidInput):
+    """The work folder is too small for model, data and result."""
+
+    reason = "DiskFull"
+
+
 class AccessDenied(TrainerError):
     """Storage or a hub refused the credentials."""
 

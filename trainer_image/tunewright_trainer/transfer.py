@@ -34,8 +34,10 @@ class Stop:
     interrupted wait.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, outer: Stop | None = None) -> None:
+        """Make a flag; a request to `outer` counts as one to this flag, too."""
         self.cause: str | None = None
+        self._outer = outer
 
     def request(self, cause: str) -> None:
         """Ask for the stop; `cause` is told to people."""
@@ -47,6 +49,8 @@ class Stop:
         Raises:
             Preempted: A stop was requested.
         """
+        if self._outer is not None:
+            self._outer.check()
         if self.cause is not None:
             raise Preempted(
                 f"{self.cause}: the run ended before its result was published; a new attempt starts it again"

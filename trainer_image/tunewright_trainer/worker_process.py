@@ -1,0 +1,135 @@
+"""The worker as a process: start, watch, end, and what its death means."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tunewright_trainer.errors import InternalError, Killed, TrainerError
+from tunewright_trainer.run_log import SECRET_VARIABLES, RunLog
+
+GRACE_SECONDS = 5.0
+PR_SET_PDEATHSIG = 1
+_PRIVATE_PREFIXES = ("AWS_", *SECRET_VARIABLES)
+_CGROUP = Path("/sys/fs/cgroup")
+_LIBC = ctypes.CDLL(None)
+
+
+class WorkerProcess:
+    """A started worker. Its output goes to the log line by line."""
+
+    def __init__(self, command: Sequence[str], work: Path, environment: Mapping[str, str], log: RunLog) -> None:
+        """Start the worker.
+
+        It gets no credentials: everything it needs is on disk. It is the leader of a session, so that its own
+        children end with it, and it is killed by the kernel when the supervisor dies.
+        """
+        self._log = log
+        self._stopped = False
+        self._process = subprocess.Popen(
+            [*command, "--work", str(work)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={name: value for name, value in environment.items() if not name.startswith(_PRIVATE_PREFIXES)}
+            | {"PYTHONUNBUFFERED": "1"},
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )
+        self._reader = threading.Thread(target=self._copy_output, name="worker-output", daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        """Process id, which is the id of its session and process group as well."""
+        return self._process.pid
+
+    def exit_code(self) -> int | None:
+        """Return the exit code (negative: the signal), or None while it runs."""
+        return self._process.poll()
+
+    def wait(self, seconds: float) -> int | None:
+        """Wait for the end, at most so long, then for the last of its output."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        self._reader.join(GRACE_SECONDS)
+        return self._process.returncode
+
+    def stop(self, grace_seconds: float = 0.0) -> None:
+        """End it and all its children; a second call does nothing.
+
+        Args:
+            grace_seconds: Time between SIGTERM and SIGKILL; 0 kills at once.
+        """
+        if self._stopped:
+            return
+        self._stopped = True
+        if grace_seconds and self._process.poll() is None:
+            os.killpg(self.pid, signal.SIGTERM)
+            self.wait(grace_seconds)
+        # The group may outlive its leader: data loader processes, a helper of torch.compile.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.wait(GRACE_SECONDS)
+
+    def _copy_output(self) -> None:
+        assert self._process.stdout is not None
+        while line := self._process.stdout.readline(65536):
+            self._log.worker_line(line.decode(errors="replace"))
+
+
+def _die_with_parent() -> None:
+    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def death_of(code: int, last_line: str, *, oom_kills: int, memory_limit: int | None) -> TrainerError:
+    """Say what it means that the worker ended without a result and without an error event.
+
+    Args:
+        code: Its exit code; negative is a signal.
+        last_line: The last thing it wrote.
+        oom_kills: Processes that the kernel killed in this container for memory since the worker started.
+        memory_limit: The container's memory limit in bytes, if it has one.
+    """
+    limit = f" of {memory_limit / 2**30:.1f} GiB" if memory_limit else ""
+    if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
+        if oom_kills:
+            return Killed(
+                f"the training process went over the container's memory limit{limit} and was killed: raise "
+                "resources.memory, or lower batchSize or maxSequenceLength"
+            )
+        return Killed(
+            "the training process was killed (SIGKILL), most likely because the node or the container ran out of "
+            f"memory{f' (limit{limit})' if limit else ''}: raise resources.memory"
+        )
+    said = f"; its last line: {last_line[:400]}" if last_line else ""
+    if code < 0:
+        return InternalError(f"the training process crashed with {signal.Signals(-code).name}{said}")
+    if code == 0:
+        return InternalError(f"the training process ended without a result{said}")
+    return InternalError(f"the training process failed with exit code {code}{said}")
+
+
+def oom_kills(cgroup: Path = _CGROUP) -> int:
+    """Return how many processes the kernel has killed for memory in this container; 0 outside of cgroup 2."""
+    events = cgroup / "memory.events"
+    if not events.is_file():
+        return 0
+    counts = dict(line.split() for line in events.read_text().splitlines())
+    return int(counts.get("oom_kill", 0))
+
+
+def memory_limit(cgroup: Path = _CGROUP) -> int | None:
+    """Return the container's memory limit in bytes, None where there is none."""
+    path = cgroup / "memory.max"
+    if not path.is_file() or (text := path.read_text().strip()) == "max":
+        return None
+    return int(text)
