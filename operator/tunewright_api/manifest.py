@@ -31,7 +31,7 @@ class ManifestFile(_Document):
     @classmethod
     def _inside(cls, value: str) -> str:
         path = PurePosixPath(value)
-        if path.is_absolute() or ".." in path.parts or "\\" in value or str(path) != value:
+        if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in value or str(path) != value:
             raise ValueError(f"{value!r} leaves the folder of the manifest")
         return value
 

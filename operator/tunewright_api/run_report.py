@@ -97,12 +97,17 @@ class RunReport(_Document):
     train_seconds: Finite | None = None
 
     def to_json(self) -> str:
-        """Return the document in at most `MAX_REPORT_BYTES` bytes; the message gives way when it is too long."""
-        text = self.model_dump_json(by_alias=True, exclude_none=True)
-        excess = len(text.encode()) - MAX_REPORT_BYTES
-        if excess <= 0:
-            return text
-        # JSON may need several bytes for a character; cutting six per excess byte's share is always enough.
-        kept = max(0, len(self.message) - excess - 3)
-        short = self.model_copy(update={"message": self.message[:kept] + "...", "plan": None})
-        return short.model_dump_json(by_alias=True, exclude_none=True)
+        """Return the document in at most `MAX_REPORT_BYTES` bytes; first the plan gives way, then the message."""
+        report = self
+        if _excess_bytes(report) > 0:
+            report = report.model_copy(update={"plan": None})
+        excess = _excess_bytes(report)
+        if excess > 0:
+            # Every character takes at least one byte, so cutting as many as there are bytes too many is enough.
+            kept = max(0, len(self.message) - excess - 3)
+            report = report.model_copy(update={"message": self.message[:kept] + "..."})
+        return report.model_dump_json(by_alias=True, exclude_none=True)
+
+
+def _excess_bytes(report: RunReport) -> int:
+    return len(report.model_dump_json(by_alias=True, exclude_none=True).encode()) - MAX_REPORT_BYTES

@@ -47,7 +47,8 @@ def parse_finetunejob(document: Mapping[str, Any], *, local: bool = False) -> Fi
         InvalidDocument: With all problems at once, misspelt fields with the nearest name.
     """
     try:
-        return FineTuneJob.model_validate(document, context={"local": local})
+        # by_name=False: Python's own field names (learning_rate) are no spelling of the API.
+        return FineTuneJob.model_validate(document, context={"local": local}, by_alias=True, by_name=False)
     except ValidationError as error:
         raise InvalidDocument([_problem(e) for e in error.errors()]) from None
 
