@@ -17,7 +17,7 @@ from tunewright_api.run_config import TrainRun
 from tunewright_api.v1alpha1.finetunejob import FineTuneJob
 from tunewright_api.validation import InvalidDocument, parse_finetunejob
 from tunewright_cli.documents import load_one
-from tunewright_cli.errors import MissingPackage
+from tunewright_cli.errors import InvalidFile, MissingPackage
 from tunewright_cli.rows import Rows, check_rows, steps_of
 from tunewright_cli.storage import storage_settings
 
@@ -46,7 +46,7 @@ def run(file: str, wanted: str | None, output: str, *, endpoint: str | None, reg
     """Print the plan of one FineTuneJob.
 
     Raises:
-        InvalidFile: No valid FineTuneJob in the file.
+        InvalidFile: No valid FineTuneJob in the file, or one that is too large.
         TrainerFailure: The data could be read, and rows of it are bad.
         MissingPackage: The operator's settings cannot be read, because its extra is not installed.
     """
@@ -80,12 +80,16 @@ def run(file: str, wanted: str | None, output: str, *, endpoint: str | None, reg
 
 def _render(job: FineTuneJob) -> tuple[TrainRun, dict[str, Any] | None]:
     try:
+        from tunewright_operator.errors import RunTooLarge
         from tunewright_operator.plan import build_job, plan_run
         from tunewright_operator.settings import Settings
     except ModuleNotFoundError as error:
         raise MissingPackage(f"plan needs {error.name}: pip install 'tunewright[cli,operator]'") from None
     settings = Settings()
-    manifest = None if _has_local_paths(job) else build_job(job, 1, 0, settings)
+    try:
+        manifest = None if _has_local_paths(job) else build_job(job, 1, 0, settings)
+    except RunTooLarge as error:
+        raise InvalidFile(f"{job.metadata.name}: {error}") from None
     return plan_run(job, 1, 0, settings), manifest
 
 

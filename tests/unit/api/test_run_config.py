@@ -9,7 +9,6 @@ import pytest
 
 from tests.unit.api.builders import spec
 from tunewright_api.run_config import (
-    MAX_RUN_BYTES,
     StorageSettings,
     TrainRun,
     build_train_run,
@@ -41,13 +40,6 @@ def test_unknown_fields_are_refused() -> None:
     """A trainer that is older than the operator says so instead of training something else."""
     with pytest.raises(ValueError, match="surprise"):
         TrainRun.model_validate({**run().document(), "surprise": 1})
-
-
-def test_a_document_of_full_size_fits_the_environment_variable() -> None:
-    """The longest texts that the spec allows stay below the limit that the operator promises."""
-    sources = [{"uri": "s3://bucket/" + "a" * 800} for _ in range(32)]
-    document = run(model={"uri": "hf://organisation/name", "chatTemplate": "t" * 32768}, dataset={"train": sources})
-    assert len(document.to_json().encode()) <= MAX_RUN_BYTES
 
 
 @pytest.mark.parametrize(
