@@ -54,22 +54,20 @@ def download_artifact(uri: str, target: Path, storage: Storage, advance: Advance
 def find_manifest(uri: str, storage: Storage) -> tuple[Manifest, str]:
     """Return the manifest that a URI leads to, and its folder; raises as `download_artifact` does."""
     uri = uri.rstrip("/")
-    if uri.endswith(f"/{MANIFEST_NAME}"):
-        candidates = [uri.removesuffix(f"/{MANIFEST_NAME}")]
-    else:
-        # The URI of an adapter is <run key>/<writer>/adapter.
-        candidates = [uri, *_latest(uri, storage), uri.rpartition("/")[0].rpartition("/")[0]]
-    for folder in candidates:
-        if not folder.partition("://")[2].strip("/"):
-            continue
+    own = uri.removesuffix(f"/{MANIFEST_NAME}")
+    for folder in (own, *(_latest(uri, storage) if own == uri else [])):
         loaded = load_manifest(storage, join(folder, MANIFEST_NAME))
-        if loaded is not None and (
-            folder != candidates[-1] or len(candidates) == 1 or uri == join(folder, loaded[0].root)
-        ):
+        if loaded is not None:
+            return loaded[0], folder
+    # The URI of an adapter is <run key>/<writer>/adapter.
+    folder = uri.rpartition("/")[0].rpartition("/")[0]
+    if "://" not in uri or folder.count("/") >= 3:
+        loaded = load_manifest(storage, join(folder, MANIFEST_NAME))
+        if loaded is not None and uri == join(folder, loaded[0].root):
             return loaded[0], folder
     raise MissingFile(
-        f"{uri}: no published result: neither {LATEST_NAME} nor {MANIFEST_NAME} is there (the manifest is written last, "
-        "so a run that did not end has none)"
+        f"{uri}: no published result: neither {LATEST_NAME} nor {MANIFEST_NAME} is there "
+        "(the manifest is written last, so a run that did not end has none)"
     )
 
 

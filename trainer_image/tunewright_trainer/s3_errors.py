@@ -109,7 +109,7 @@ def _answer(code: str, message: str, place: str, bucket: str, contact: Contact) 
         return AccessDenied(f"{place}: {_CREDENTIAL_CODES[code]}; look at {contact.credentials}")
     if code in ("AccessDenied", "403", "AllAccessDisabled", "Forbidden"):
         return AccessDenied(
-            f"{place}: {contact.credentials} may not do this: allow reading inputs and writing the output"
+            f"{place}: {contact.credentials} may not do this: allow them to list, read and (for the output) write here"
         )
     if code in _REGION_CODES:
         return InvalidConfiguration(

@@ -1,0 +1,398 @@
+"""Runs one attempt from its document to its report. Imports no torch: a wrong key or a bad row shows in seconds.
+
+The order is the point: the worker starts first, because importing the training stack takes longer than all that the
+supervisor does meanwhile.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tunewright_api.exit_codes import ExitCode
+from tunewright_api.run_config import TrainRun
+from tunewright_api.run_report import EvaluationResult, Progress, RunReport
+from tunewright_trainer import documents, inputs, publish, worker_process
+from tunewright_trainer.dataset import BadRows, PreparedData
+from tunewright_trainer.errors import (
+    CorruptArtifact,
+    DiskFull,
+    InternalError,
+    Preempted,
+    Stalled,
+    TrainerError,
+    WorkerFailure,
+    fate_of,
+)
+from tunewright_trainer.events import EventTail, Heartbeat, MetricsFile
+from tunewright_trainer.inputs import Inputs
+from tunewright_trainer.protocol import (
+    EVENTS_FILE,
+    OUTPUT_FOLDER,
+    TASK_FILE,
+    ErrorEvent,
+    ResultEvent,
+    WorkerTask,
+    write_task,
+)
+from tunewright_trainer.publish import Published, Result
+from tunewright_trainer.run_log import Redactor, RunLog
+from tunewright_trainer.settings import SupervisorSettings
+from tunewright_trainer.storage import Storage, join
+from tunewright_trainer.tracker import Tracker, finite, now
+from tunewright_trainer.transfer import Stop
+from tunewright_trainer.worker_process import GRACE_SECONDS, WorkerProcess
+
+POLL_SECONDS = 0.1
+WORKER_END_SECONDS = 10.0
+"""Time for the worker to end by itself after its result: CUDA and thread pools need a moment."""
+MAX_MESSAGE_CHARACTERS = 1024
+METRICS_FILE = "metrics.jsonl"
+REPORT_FILE = "report.json"
+
+
+def run(run: TrainRun, settings: SupervisorSettings) -> RunReport:
+    """Carry out a run and return its report; the report also goes to `settings.termination_log`.
+
+    Every failure that is foreseen ends in a report with its exit code and reason. The worker is gone on return.
+
+    Args:
+        run: What to train.
+        settings: Places and hooks on this machine.
+
+    Raises:
+        Exception: A fault of our own; the caller makes an InternalError report of it.
+    """
+    return _Attempt(run, settings).execute()
+
+
+def write_report(report: RunReport, settings: SupervisorSettings) -> None:
+    """Leave the last words where Kubernetes finds them."""
+    if settings.termination_log is not None:
+        settings.termination_log.write_text(report.to_json(), encoding="utf-8")
+
+
+def failure_report(error: TrainerError, progress: Progress, run_key: str | None, message: str) -> RunReport:
+    """Return the report of a run that ended by `error`; `message` is its text without secrets."""
+    code, reason = fate_of(error)
+    if len(message) > MAX_MESSAGE_CHARACTERS:
+        message = message[: MAX_MESSAGE_CHARACTERS - 3] + "..."
+    return RunReport(
+        exit_code=code,
+        reason=reason[:64],
+        message=message,
+        stage=progress.stage,
+        step=progress.step,
+        total_steps=progress.total_steps,
+        run_key=run_key,
+        loss=progress.loss,
+    )
+
+
+class _Attempt:
+    """One attempt: its document, its settings, and what all steps share."""
+
+    def __init__(self, run: TrainRun, settings: SupervisorSettings) -> None:
+        self.run = run
+        self.settings = settings
+        self.started_at = now()
+        self.run_key: str | None = None
+        _clear(settings.work)
+        self.redact = Redactor(settings.environment)
+        log_path = settings.work / "logs" / f"attempt-{run.attempt}.log"
+        self.log = RunLog(log_path, self.redact, echo=settings.echo)
+        # An inner flag, so that the failure of one thread stops the others but nothing outside.
+        self.stop = Stop(settings.stop)
+        self.heartbeat = Heartbeat(self.log.say)
+        self.tracker = Tracker(time.monotonic, self._on_progress)
+        self.tail = EventTail(settings.work)
+        self.metrics = MetricsFile(settings.work / METRICS_FILE)
+        self.result: ResultEvent | None = None
+        self.oom_kills_before = worker_process.oom_kills()
+        self.worker = WorkerProcess(settings.worker_command, settings.work, settings.environment, self.log)
+        self.storage = Storage(run.storage, stop=self.stop, local=settings.local, pvc_root=settings.pvc_root)
+
+    def _on_progress(self, progress: Progress) -> None:
+        self.heartbeat.see(progress)
+        if self.settings.on_progress is not None:
+            self.settings.on_progress(progress)
+
+    def execute(self) -> RunReport:
+        """Run all steps, end the worker whatever happens, and leave the report."""
+        grace = 0.0
+        with self.log:
+            server = None
+            try:
+                if self.settings.port is not None:
+                    # Imported after the worker was started: its start waits for nothing.
+                    from tunewright_trainer.http_server import ProgressServer
+
+                    server = ProgressServer(self.settings.port, lambda: self.tracker.progress)
+                report = self._steps()
+            except TrainerError as error:
+                grace = GRACE_SECONDS if isinstance(error, Preempted | Stalled) else 0.0
+                report = self._failed(error)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                text = f"no space left in {self.settings.work}: raise resources.ephemeralStorage"
+                report = self._failed(DiskFull(text))
+            finally:
+                self.stop.request("the attempt is over")
+                self.worker.stop(grace)
+                if server is not None:
+                    server.close()
+            write_report(report, self.settings)
+        return report
+
+    def _failed(self, error: TrainerError) -> RunReport:
+        if isinstance(error, BadRows):
+            for line in error.lines:
+                self.log.say(line)
+        report = failure_report(error, self.tracker.progress, self.run_key, self.redact(str(error)))
+        self.log.say(f"failed: {report.reason} (exit code {report.exit_code}): {report.message}")
+        return report
+
+    def _steps(self) -> RunReport:
+        found = self._find_inputs()
+        self.run_key = found.key(self.run)
+        self.log.say(f"run key {self.run_key}")
+        published = self._published_before()
+        if published is not None:
+            return self._cached(published)
+        model_path, data = self._fetch(found)
+        self._hand_over(model_path, data)
+        result = self._follow()
+        self.worker.wait(WORKER_END_SECONDS)
+        return self._publish(found, data, result)
+
+    def _find_inputs(self) -> Inputs:
+        self.tracker.enter("Fetching", "looking up model and data")
+        data, model = self._together(
+            partial(inputs.find_data, self.run, self.storage),
+            partial(inputs.find_model, self.run, self.storage, self.stop),
+        )
+        return Inputs(model, data)
+
+    def _published_before(self) -> Published | None:
+        assert self.run_key is not None
+        try:
+            (published,) = self._together(
+                partial(publish.find_published, self.storage, self.run.output_uri, self.run_key)
+            )
+        except CorruptArtifact as error:
+            self.log.say(f"a result with this run key is there but damaged, so it is made again: {error}")
+            return None
+        found: Published | None = published
+        return found
+
+    def _cached(self, published: Published) -> RunReport:
+        """Report another run's result as this one's."""
+        self.tracker.enter("Finished", "the same run was published before")
+        numbers = published.manifest.metrics
+        evaluation = numbers.get("evaluation")
+        self.log.say(f"the same run was published before: {published.output.uri}")
+        return RunReport(
+            exit_code=ExitCode.SUCCESS,
+            reason="Cached",
+            message="the same run was published before; nothing was trained",
+            stage="Finished",
+            run_key=self.run_key,
+            cached=True,
+            step=numbers.get("steps", 0),
+            total_steps=numbers.get("steps"),
+            loss=numbers.get("loss"),
+            evaluation=EvaluationResult.model_validate(evaluation) if evaluation else None,
+            output=published.output,
+            train_seconds=numbers.get("trainSeconds"),
+        )
+
+    def _fetch(self, found: Inputs) -> tuple[Path, PreparedData]:
+        size = found.model.size_bytes + sum(file.size_bytes for file in found.data.values())
+        self.tracker.enter("Fetching", f"{size / 1e6:.1f} MB of model and data", size)
+        work, advance = self.settings.work, self.tracker.advance
+        # Data first: a bad row is told while a large model still downloads.
+        data, model_path = self._together(
+            partial(inputs.fetch_data, self.run, found, self.storage, work / "data", self.stop, advance),
+            partial(inputs.fetch_model, found.model, self.storage, work / "model", self.stop, advance),
+            before_last=lambda: self.tracker.enter("Checking", "checking the rows"),
+        )
+        self.tracker.checked(data)
+        self.log.say(
+            f"{data.train_rows} rows to train on, {data.validation_rows} to evaluate on, format {data.format.name} "
+            f"({data.format.why})"
+        )
+        return model_path, data
+
+    def _hand_over(self, model_path: Path, data: PreparedData) -> None:
+        self.tracker.enter("Loading", "waiting for the training process")
+        write_task(
+            self.settings.work,
+            WorkerTask(
+                run=self.run,
+                model_path=model_path,
+                train_path=data.train_path,
+                validation_path=data.validation_path,
+                row_format=data.format.row_format,
+                output_path=self.settings.work / OUTPUT_FOLDER,
+            ),
+        )
+
+    def _follow(self) -> ResultEvent:
+        """Follow the worker to its result."""
+        limit = self.run.stall_seconds
+        last_sign = time.monotonic()
+        while self.result is None:
+            self.settings.stop.check()
+            if self._listen():
+                last_sign = time.monotonic()
+            elif limit is not None and time.monotonic() - last_sign > limit:
+                progress = self.tracker.progress
+                raise Stalled(
+                    f"no sign of progress for {limit} s (retry.timeouts.stall) at stage {progress.stage}, "
+                    f"step {progress.step}"
+                )
+            if self.result is None:
+                time.sleep(POLL_SECONDS)
+        return self.result
+
+    def _listen(self) -> bool:
+        """Take in what the worker said since the last time, and tell whether it said anything.
+
+        Raises:
+            WorkerFailure: It gave up.
+            Killed, InternalError: It died.
+        """
+        # Before reading: what it said before its end must not be missed.
+        code = self.worker.exit_code()
+        events = self.tail.read()
+        for event in events:
+            self.tracker.handle(event)
+            self.metrics.write(event)
+            if isinstance(event, ResultEvent):
+                self.result = event
+            elif isinstance(event, ErrorEvent):
+                raise _worker_failure(event)
+        if code is not None and self.result is None:
+            self.worker.wait(GRACE_SECONDS)
+            raise worker_process.death_of(
+                code,
+                self.log.last_worker_line(),
+                oom_kills=worker_process.oom_kills() - self.oom_kills_before,
+                memory_limit=worker_process.memory_limit(),
+            )
+        return bool(events)
+
+    def _publish(self, found: Inputs, data: PreparedData, result: ResultEvent) -> RunReport:
+        assert self.run_key is not None
+        finished = documents.Finished(
+            run=self.run,
+            run_key=self.run_key,
+            inputs=found,
+            data=data,
+            plan=self.tracker.plan,
+            evaluation=self.tracker.evaluation,
+            loss=self.tracker.progress.loss,
+            result=result,
+            started_at=self.started_at,
+            ended_at=now(),
+        )
+        files = self._files(finished)
+        size = sum(path.stat().st_size for path in files.values())
+        self.tracker.enter("Publishing", f"{size / 1e6:.1f} MB to {self.run.output_uri}", size)
+        to_publish = Result(
+            self.run_key, self.settings.writer, result.kind, result.root, files, documents.metrics(finished)
+        )
+        ((published, others),) = self._together(
+            partial(publish.publish, self.storage, self.run.output_uri, to_publish, self.tracker.advance, self.log.say)
+        )
+        if others:
+            return self._cached(published)
+        report = self._succeeded(finished, published)
+        uri = join(join(join(self.run.output_uri, self.run_key), self.settings.writer), REPORT_FILE)
+        self.storage.put(uri, report.model_dump_json(by_alias=True, exclude_none=True, indent=2).encode(), replaces="*")
+        self.tracker.enter("Finished", published.output.uri)
+        return report
+
+    def _files(self, finished: documents.Finished) -> dict[str, Path]:
+        """Return what is published, by name, after adding our own documents to the worker's output."""
+        work = self.settings.work
+        output = work / OUTPUT_FOLDER
+        card = documents.card(finished)
+        # peft's own README.md is an empty form.
+        (output / finished.result.root / "README.md").write_text(card, encoding="utf-8")
+        (output / "README.md").write_text(card, encoding="utf-8")
+        (output / "run.json").write_text(documents.run_json(finished), encoding="utf-8")
+        shutil.copyfile(work / METRICS_FILE, output / METRICS_FILE)
+        self.log.say(f"trained: {finished.result.steps} steps in {finished.result.train_seconds:.0f} s")
+        self.log.flush()
+        (output / "logs").mkdir(exist_ok=True)
+        shutil.copyfile(self.log.path, output / "logs" / self.log.path.name)
+        return publish.output_files(output)
+
+    def _succeeded(self, finished: documents.Finished, published: Published) -> RunReport:
+        result = finished.result
+        self.log.say(f"published: {published.output.uri}")
+        return RunReport(
+            exit_code=ExitCode.SUCCESS,
+            reason="Succeeded",
+            stage="Finished",
+            step=result.steps,
+            total_steps=finished.plan.total_steps,
+            run_key=finished.run_key,
+            loss=documents.metrics(finished).get("loss"),
+            plan=finished.plan,
+            evaluation=finished.evaluation,
+            output=published.output,
+            train_seconds=finite(result.train_seconds),
+        )
+
+    def _together(self, *jobs: Callable[[], Any], before_last: Callable[[], None] | None = None) -> list[Any]:
+        """Run jobs at once and return their results in order, watching the worker and the stop flag meanwhile.
+
+        `before_last` is called once when only the first job is left. The first error ends all the others.
+        """
+        pool = ThreadPoolExecutor(len(jobs), "supervisor")
+        futures = [pool.submit(job) for job in jobs]
+        try:
+            while _pending(futures):
+                if before_last is not None and all(future.done() for future in futures[1:]):
+                    before_last()
+                    before_last = None
+                self.settings.stop.check()
+                if self.result is None:
+                    self._listen()
+            return [future.result() for future in futures]
+        finally:
+            # Not waited for: a thread in a hanging request must not hold up the report.
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _pending(futures: Sequence[Future[Any]]) -> bool:
+    """Wait a moment; raise the first error; tell whether there is something left to wait for."""
+    done, left = wait(futures, timeout=POLL_SECONDS, return_when=FIRST_EXCEPTION)
+    for future in done:
+        future.result()
+    return bool(left)
+
+
+def _worker_failure(event: ErrorEvent) -> TrainerError:
+    try:
+        return WorkerFailure(ExitCode(event.exit_code), event.reason, event.message)
+    except ValueError:
+        return InternalError(f"the training process ended with exit code {event.exit_code}: {event.message}")
+
+
+def _clear(work: Path) -> None:
+    """Make the work folder, and take away what an earlier process left in it."""
+    work.mkdir(parents=True, exist_ok=True)
+    for name in (OUTPUT_FOLDER, "data", "model", "logs", "scratch"):
+        shutil.rmtree(work / name, ignore_errors=True)
+    for name in (TASK_FILE, EVENTS_FILE, METRICS_FILE):
+        (work / name).unlink(missing_ok=True)
