@@ -6,7 +6,7 @@ import argparse
 import subprocess
 import sys
 
-from tests.cluster import DEFAULT_NAME, down, find, gobuild, paths, processes, up
+from tests.cluster import DEFAULT_NAME, Cluster, down, find, gobuild, images, paths, processes, up
 
 
 def main(arguments: list[str]) -> int:
@@ -31,9 +31,15 @@ def _parser() -> argparse.ArgumentParser:
         ("down", "end a cluster and remove everything it made but the caches"),
         ("status", "say what runs"),
         ("kubeconfig", "print the path of the kubeconfig"),
+        ("images", "build the operator and trainer images; push them if a cluster runs"),
+        ("load-image", "push an image to the cluster's registry; prints its name there"),
     ):
         sub = commands.add_parser(command, help=description, description=description)
         sub.add_argument("--name", default=DEFAULT_NAME, help="name of the cluster (default: %(default)s)")
+        if command == "load-image":
+            sub.add_argument(
+                "image", help="name in this tool's storage, or any source of buildah such as oci-archive:F"
+            )
         if command in ("build", "up"):
             choices = sorted(gobuild.MODULES_OF_PROFILE)
             sub.add_argument("--profile", choices=choices, default="full", help="default: %(default)s")
@@ -50,11 +56,32 @@ def _run(options: argparse.Namespace) -> int:
     elif options.command == "status":
         return _status(options.name)
     elif options.command == "kubeconfig":
-        cluster = find(options.name)
-        if cluster is None:
-            raise ValueError(f"no cluster {options.name!r} runs: start it with `python -m tests.cluster up`")
-        print(cluster.kubeconfig)
+        print(_running(options.name).kubeconfig)
+    elif options.command == "images":
+        _images(options.name)
+    elif options.command == "load-image":
+        print(images.load(options.image, _registry(_running(options.name))))
     return 0
+
+
+def _running(name: str) -> Cluster:
+    cluster = find(name)
+    if cluster is None:
+        raise ValueError(f"no cluster {name!r} runs: start it with `python -m tests.cluster up --name {name}`")
+    return cluster
+
+
+def _registry(cluster: Cluster) -> str:
+    if cluster.registry is None:
+        raise ValueError(f"cluster {cluster.name!r} has no registry: its profile {cluster.profile} runs no pods")
+    return cluster.registry
+
+
+def _images(name: str) -> None:
+    cluster = find(name)
+    for build in (images.build_operator_image, images.build_trainer_image):
+        image = build()
+        print(images.push(image, cluster.registry) if cluster is not None and cluster.registry else image)
 
 
 def _status(name: str) -> int:

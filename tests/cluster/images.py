@@ -78,6 +78,21 @@ def push(image: str, address: str) -> str:
     return remote
 
 
+def load(image: str, address: str) -> str:
+    """Pushes any `image` that buildah can read, such as `oci-archive:FILE`, to the registry; returns its name there.
+
+    Raises:
+        RuntimeError: it cannot be read or the push failed.
+    """
+    # An image without transport is one of this tool's own.
+    local = image if image.startswith("localhost/") else _buildah("pull", "--quiet", image).strip()
+    # The name of an archive says nothing; its content's identifier does.
+    name = image if image.startswith("localhost/") else f"loaded:{local.removeprefix('sha256:')[:16]}"
+    remote = f"{address}/{name.removeprefix('localhost/')}"
+    _buildah("push", "--quiet", "--disable-compression", "--tls-verify=false", local, f"docker://{remote}")
+    return remote
+
+
 def _build(name: str, dockerfile: str) -> str:
     with paths.locked(paths.cache() / "images.lock"):
         # A copy, so that the tag is true even when somebody edits a file during the build.

