@@ -37,9 +37,7 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(command, help=description, description=description)
         sub.add_argument("--name", default=DEFAULT_NAME, help="name of the cluster (default: %(default)s)")
         if command == "load-image":
-            sub.add_argument(
-                "image", help="name in this tool's storage, or any source of buildah such as oci-archive:F"
-            )
+            sub.add_argument("image", help="a name in this tool's storage, or a source of buildah: oci-archive:FILE")
         if command in ("build", "up"):
             choices = sorted(gobuild.MODULES_OF_PROFILE)
             sub.add_argument("--profile", choices=choices, default="full", help="default: %(default)s")

@@ -225,7 +225,9 @@ def _run_buildah(*arguments: str) -> subprocess.CompletedProcess[str]:
     debian.require("buildah")
     storage = _storage()
     # Own storage: nobody's images are touched, and removing the cache folder removes everything.
-    command = ["buildah", f"--root={storage / 'storage'}", f"--runroot={storage / 'run'}", *arguments]
+    # A mount namespace of its own, so that no mount is left on the machine, even by a build that is killed.
+    isolated = ["unshare", "--mount", "--propagation=private"] if os.geteuid() == 0 else []
+    command = [*isolated, "buildah", f"--root={storage / 'storage'}", f"--runroot={storage / 'run'}", *arguments]
     environment = {**os.environ, "BUILDAH_ISOLATION": "chroot", "TMPDIR": str(storage)}
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 

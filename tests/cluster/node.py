@@ -74,7 +74,7 @@ class Node:
 
     def _ctr(self, *arguments: str) -> str | None:
         """Runs containerd's client in the namespace of Kubernetes; returns None where it fails."""
-        socket = f"--address={self.folder / 'containerd.sock'}"
+        socket = f"--address={self.network.runtime / 'containerd.sock'}"
         command = [str(self.plane.programs["ctr"]), socket, "--namespace=k8s.io", *arguments]
         result = subprocess.run(command, capture_output=True, text=True)
         return result.stdout if result.returncode == 0 else None
@@ -138,7 +138,7 @@ class Node:
             "authorization": {"mode": "AlwaysAllow"},
             "tlsCertFile": str(certificate),
             "tlsPrivateKeyFile": str(key),
-            "containerRuntimeEndpoint": f"unix://{self.folder / 'containerd.sock'}",
+            "containerRuntimeEndpoint": f"unix://{self.network.runtime / 'containerd.sock'}",
             "cgroupDriver": "cgroupfs",
             "cgroupRoot": f"/{processes.cgroup(self.folder)}",
             "failCgroupV1": False,
@@ -203,10 +203,10 @@ state = "{folder}/containerd"
 disabled_plugins = ["io.containerd.nri.v1.nri"]
 
 [plugins.'io.containerd.server.v1.grpc']
-address = "{folder}/containerd.sock"
+address = "{sockets}/containerd.sock"
 
 [plugins.'io.containerd.server.v1.ttrpc']
-address = "{folder}/containerd.sock.ttrpc"
+address = "{sockets}/containerd.sock.ttrpc"
 
 [plugins.'io.containerd.internal.v1.opt']
 path = "{folder}/opt"
