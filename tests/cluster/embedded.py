@@ -119,7 +119,7 @@ def _record(cluster: Cluster, folder: Path) -> None:
         "helm": str(cluster.helm),
         "registry": cluster.registry,
         "s3": cluster.s3.endpoint if cluster.s3 else None,
-        "components": sorted({process.component for process in processes.running(folder)}),
+        "components": sorted({process.component for process in processes.running(folder)} - {"shim", "container"}),
     }
     (folder / "cluster.json").write_text(json.dumps(document, indent=1))
 

@@ -28,7 +28,7 @@ class Process:
 
     pid: int
     component: str
-    """What `start` was told, `containerd` for a shim, `container` for a process in a pod."""
+    """What `start` was told, `shim` for a pod's supervisor, `container` for a process in a pod."""
 
 
 def cgroup(folder: Path) -> str:
@@ -147,7 +147,9 @@ def _component(pid: int, folder: Path) -> str | None:
     mark = f"{_MARK}={folder}:".encode()
     for variable in _read(pid, "environ").split(b"\0"):
         if variable.startswith(mark):
-            return variable.removeprefix(mark).decode()
+            # A shim outlives containerd, and must not be taken for it when that one has died.
+            shim = _read(pid, "comm").startswith(b"containerd-shim")
+            return "shim" if shim else variable.removeprefix(mark).decode()
     group = f"/{cgroup(folder)}/"
     for line in _read(pid, "cgroup").decode().splitlines():
         if line.split(":", 2)[2].startswith(group):

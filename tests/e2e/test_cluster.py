@@ -88,7 +88,7 @@ def test_down_leaves_nothing_behind(cache: Path) -> None:
     down(NAME)
 
 
-@pytest.mark.parametrize("victim", ["containerd", "etcd", "kubelet"])
+@pytest.mark.parametrize("victim", ["containerd", "etcd"])
 def test_up_after_a_component_was_killed(cache: Path, victim: str) -> None:
     """A cluster that lost a component counts as down; `up` replaces it by one that runs pods."""
     before = networks()
@@ -102,7 +102,7 @@ def test_up_after_a_component_was_killed(cache: Path, victim: str) -> None:
     assert networks() == before
 
 
-@pytest.mark.parametrize("after_seconds", [0.5, 2, 4])
+@pytest.mark.parametrize("after_seconds", [1, 4])
 def test_up_after_the_tool_was_killed(cache: Path, after_seconds: float) -> None:
     """Killing `up` at any time leaves something that the next `up` cleans and replaces."""
     before = networks()
