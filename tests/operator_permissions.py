@@ -16,7 +16,6 @@ EXPECTED: frozenset[tuple[str, str, str]] = frozenset(
         ("batch", "jobs", "watch"),
         ("batch", "jobs", "create"),
         ("batch", "jobs", "delete"),
-        ("", "pods", "get"),
         ("", "pods", "list"),
         ("", "pods", "watch"),
         ("", "events", "create"),

@@ -109,7 +109,7 @@ class Applier:
         metrics.TRANSITIONS.labels(event.reason).inc()
         logger.info(event.message, extra={"finetunejob": str(key), "reason": event.reason, "type": event.type})
         try:
-            await self._api.create(kube.EVENTS, key.namespace, _event(key, uid, event, self._instance))
+            await self._api.post(kube.EVENTS, key.namespace, _event(key, uid, event, self._instance))
         except (ApiError, ApiUnreachable) as error:
             logger.warning("event not posted", extra={"finetunejob": str(key), "error": str(error)})
 

@@ -67,6 +67,9 @@ class Kube:
         """Open a client whose pool fits `concurrency` requests at once."""
         # Beyond the workers: lists of a resync, and the health check.
         configuration.connection_pool_maxsize = concurrency + 8
+        # Without this aiohttp looks for a ~/.netrc before every request, in two hops to another thread. kopf does not
+        # read the environment either; a proxy in the kubeconfig is used by both.
+        configuration.client_session_kwargs = {"trust_env": False}
         self.configuration = configuration
         """Also tells kopf how to connect."""
         self._client = client.ApiClient(configuration)
@@ -83,11 +86,15 @@ class Kube:
 
     async def get(self, resource: Resource, namespace: str, name: str) -> Document:
         """Read an object. Raises an `ApiError` (NotFound when it is not there) or ApiUnreachable, as all here do."""
-        return await self._request("get", resource, _path(resource, namespace, name))
+        return _decode(await self._request("get", resource, _path(resource, namespace, name)))
 
     async def create(self, resource: Resource, namespace: str, document: Document) -> Document:
         """Create an object."""
-        return await self._request("create", resource, _path(resource, namespace), body=document)
+        return _decode(await self._request("create", resource, _path(resource, namespace), body=document))
+
+    async def post(self, resource: Resource, namespace: str, document: Document) -> None:
+        """Create an object that nobody looks at again: the answer is not parsed."""
+        await self._request("create", resource, _path(resource, namespace), body=document)
 
     async def delete(self, resource: Resource, namespace: str, name: str) -> None:
         """Delete an object; what it owns is removed in the background."""
@@ -99,7 +106,7 @@ class Kube:
         """Merge a patch into the status subresource."""
         group, plural = resource
         path = f"{_path(resource, namespace, name)}/status?{urlencode({'fieldManager': OPERATOR_NAME})}"
-        return await self._request("patch", (group, f"{plural}/status"), path, body=patch)
+        return _decode(await self._request("patch", (group, f"{plural}/status"), path, body=patch))
 
     async def list(
         self, resource: Resource, namespace: str | None, selector: str | None = None
@@ -108,7 +115,7 @@ class Kube:
         query = {"limit": str(_PAGE), **({"labelSelector": selector} if selector else {})}
         while True:
             path = f"{_path(resource, namespace)}?{urlencode(query)}"
-            page = await self._request("list", resource, path, limit=_LIST_SECONDS)
+            page = _decode(await self._request("list", resource, path, limit=_LIST_SECONDS))
             for item in page["items"]:
                 yield item
             token = page["metadata"].get("continue")
@@ -118,7 +125,7 @@ class Kube:
 
     async def _request(
         self, verb: str, resource: Resource, path: str, *, body: Document | None = None, limit: float = _REQUEST_SECONDS
-    ) -> Document:
+    ) -> bytes:
         headers = {"Accept": "application/json", "User-Agent": OPERATOR_NAME}
         if verb == "patch":
             headers["Content-Type"] = "application/merge-patch+json"
@@ -134,18 +141,18 @@ class Kube:
                 body=body,
                 _request_timeout=aiohttp.ClientTimeout(total=limit),
             )
-            answer = await response.read()
+            answer: bytes = await response.read()
             code = str(response.status)
         except (aiohttp.ClientError, TimeoutError, asyncio.IncompleteReadError) as error:
             raise ApiUnreachable(f"{verb} {path.split('?')[0]}: {error!r}") from error
         finally:
             metrics.API_REQUESTS.labels(verb, resource[1], code).inc()
         self.last_answer = time.monotonic()
-        document = _decode(answer)
         if response.status >= 400:
+            document = _decode(answer)
             message = document.get("message") or answer.decode(errors="replace")[:500]
             raise api_error(response.status, document.get("reason", ""), message)
-        return document
+        return answer
 
 
 _METHODS = {"get": "GET", "list": "GET", "create": "POST", "delete": "DELETE", "patch": "PATCH"}

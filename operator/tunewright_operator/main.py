@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import random
 import time
@@ -140,6 +141,8 @@ def main() -> int:
     settings = Settings()
     log.set_up(settings.log_level)
     logger.info("start", extra={"version": version("tunewright")})
+    # What is imported by now stays: the garbage collector need not look at it again.
+    gc.freeze()
     try:
         uvloop.run(run(settings))
     except OperatorError as error:

@@ -22,6 +22,7 @@ Mark = tuple[ConditionType, bool, str, str]
 """A condition to set: type, status, reason, message."""
 
 _FIRST: tuple[Mark, ...] = (
+    (ConditionType.ACCEPTED, False, Reason.PENDING, ""),
     (ConditionType.SUSPENDED, False, Reason.NOT_SUSPENDED, ""),
     (ConditionType.PODS_READY, False, Reason.PENDING, ""),
     (ConditionType.COMPLETE, False, Reason.IN_PROGRESS, ""),
