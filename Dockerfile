@@ -2,19 +2,26 @@
 # BASE_IMAGE can be any image with Python 3.11 or later and its venv module.
 ARG BASE_IMAGE=python:3.12-slim
 
+FROM ${BASE_IMAGE} AS requirements
+COPY pyproject.toml /build/
+# Only the dependencies, so that another change of pyproject.toml leaves the layers below as they are.
+RUN python3 -c "import tomllib; p = tomllib.load(open('/build/pyproject.toml', 'rb'))['project']; \
+print(*p['dependencies'], *p['optional-dependencies']['operator'], sep='\\n')" > /build/requirements.txt
+
 FROM ${BASE_IMAGE} AS build
 # A build that mounts a cache of uv at /root/.cache/uv sets this to 0.
 ARG UV_NO_CACHE=1
 # Bytecode is compiled now, because a read-only root file system takes none later.
 ARG UV_COMPILE_BYTECODE=1
 ARG UV_LINK_MODE=copy
-COPY pyproject.toml constraints.txt /build/
+COPY constraints.txt /build/
+COPY --from=requirements /build/requirements.txt /build/
 RUN python3 -m venv /opt/uv \
     && /opt/uv/bin/pip install --no-cache-dir --constraint /build/constraints.txt uv \
     && python3 -m venv --without-pip /opt/tunewright \
     && /opt/uv/bin/uv pip install --python /opt/tunewright/bin/python \
-        --requirements /build/pyproject.toml --extra operator --constraints /build/constraints.txt
-COPY README.md LICENSE /build/
+        --requirements /build/requirements.txt --constraints /build/constraints.txt
+COPY pyproject.toml README.md LICENSE /build/
 COPY operator /build/operator
 COPY trainer_image/tunewright_trainer /build/trainer_image/tunewright_trainer
 RUN /opt/uv/bin/uv pip install --python /opt/tunewright/bin/python --no-deps --target /opt/code /build
