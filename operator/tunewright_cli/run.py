@@ -1,0 +1,113 @@
+"""`tunewright run`: the run of a FineTuneJob on this machine, by the same supervisor as in the cluster."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+from rich.live import Live
+
+from tunewright_api.exit_codes import ExitCode
+from tunewright_api.run_config import StorageSettings, TrainRun, build_train_run, resolve_storage
+from tunewright_api.run_report import Progress, RunReport
+from tunewright_cli.documents import load_one
+from tunewright_cli.storage import storage_settings, trainer_errors
+from tunewright_cli.view import frame, result_lines
+
+if TYPE_CHECKING:
+    from tunewright_trainer.transfer import Stop
+
+LOCAL_NAMESPACE = "local"
+
+
+def run(
+    file: str, wanted: str | None, work: Path | None, *, endpoint: str | None, region: str | None, as_json: bool
+) -> int:
+    """Train, show the progress on a terminal and the log elsewhere, and return the run's exit code.
+
+    Raises:
+        InvalidFile: No valid FineTuneJob in the file.
+        InvalidArgument: Several, and none is chosen.
+        MissingPackage: The trainer is not installed.
+    """
+    job = load_one(file, wanted, local=True)
+    storage = storage_settings(resolve_storage(job.spec, StorageSettings()), endpoint=endpoint, region=region)
+    document = build_train_run(job.spec, name=job.metadata.name, namespace=LOCAL_NAMESPACE, attempt=1, storage=storage)
+    folder = work or Path(tempfile.mkdtemp(prefix=f"tunewright-{job.metadata.name}-"))
+    report = _train(document, folder, as_json=as_json)
+    if work is None:
+        _clean(folder, keep_log=report.exit_code != ExitCode.SUCCESS)
+    if as_json:
+        typer.echo(report.model_dump_json(by_alias=True, exclude_none=True, indent=2))
+    else:
+        _print(report, folder)
+    return report.exit_code
+
+
+def _train(document: TrainRun, folder: Path, *, as_json: bool) -> RunReport:
+    console = Console(highlight=False)
+    live = console.is_terminal and not as_json
+    newest: list[Progress | None] = [None]
+
+    def remember(progress: Progress) -> None:
+        newest[0] = progress
+
+    with trainer_errors():
+        from tunewright_trainer import supervisor
+        from tunewright_trainer.settings import SupervisorSettings
+
+        settings = SupervisorSettings(
+            work=folder,
+            writer=secrets.token_hex(4),
+            on_progress=remember,
+            local=True,
+            echo=not live and not as_json,
+        )
+        with _stopped_by_signals(settings.stop):
+            if not live:
+                return supervisor.run(document, settings)
+            title = f"{document.name}: {document.method} of {document.model.uri}"
+            with Live(get_renderable=lambda: frame(title, newest[0], ()), console=console, refresh_per_second=4):
+                return supervisor.run(document, settings)
+
+
+@contextmanager
+def _stopped_by_signals(stop: Stop) -> Iterator[None]:
+    """Let Ctrl-C end the run in order: worker gone, report made."""
+    before = {
+        number: signal.signal(number, lambda *_: stop.request("interrupted"))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _clean(folder: Path, *, keep_log: bool) -> None:
+    """Remove the temporary work folder; what a failed run said of itself stays."""
+    if not keep_log:
+        shutil.rmtree(folder)
+        return
+    for path in folder.iterdir():
+        if path.name != "logs":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _print(report: RunReport, folder: Path) -> None:
+    if report.exit_code != ExitCode.SUCCESS:
+        typer.echo(f"failed           {report.reason}: {report.message}", err=True)
+        typer.echo(f"log              {folder / 'logs'}", err=True)
+        return
+    typer.echo(f"complete         {report.reason}")
+    for line in result_lines(report.output, report.evaluation):
+        typer.echo(line)
