@@ -11,8 +11,8 @@ from tunewright_api.defaults import ResolvedLoRA
 from tunewright_trainer.targets import check_targets, resolve_preset
 
 
-def lora_config(model: PreTrainedModel, lora: ResolvedLoRA, base_model_id: str, revision: str | None) -> LoraConfig:
-    """Return the adapter's configuration for this model.
+def lora_config(model: PreTrainedModel, lora: ResolvedLoRA, revision: str | None) -> LoraConfig:
+    """Return the adapter's configuration for this model; it will name `model.name_or_path` as its base.
 
     Raises:
         InvalidConfiguration: A target does not exist in the model.
@@ -30,7 +30,6 @@ def lora_config(model: PreTrainedModel, lora: ResolvedLoRA, base_model_id: str, 
         target_modules=targets,
         # GPT-2's Conv1D keeps its weight transposed.
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-        base_model_name_or_path=base_model_id,
         revision=revision,
     )
 

@@ -6,6 +6,7 @@ import resource
 from pathlib import Path
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
@@ -74,6 +75,11 @@ def load_model(
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise InvalidModel(f"the model {run.model.uri} cannot be loaded: {error}") from error
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # On CPUs with avx512_bf16 the first evaluation would repack the weights for inference: rounded, and for
+            # good without a gradient through the layer, so that training after an evaluation learns wrongly.
+            module.support_avx512bf16_for_cpu = False
     return model
 
 

@@ -146,6 +146,7 @@ def train_and_save(setup: Setup, report: Report) -> Trained:
         task.model_path, run, setup.precision, weights=setup.precision.weights, on_gpu=setup.hardware.on_gpu
     )
     check_vocabulary(model, setup.tokenizer)
+    model.name_or_path = base_model_id(run)  # what the adapter names as its base, instead of a folder of this pod
     trainer = build_trainer(setup, model, report)
     report(plan(setup, trainer))
 
@@ -194,7 +195,7 @@ def build_trainer(setup: Setup, model: PreTrainedModel, report: Report) -> SFTTr
         train_dataset=train_rows,
         eval_dataset=Dataset.from_file(str(setup.validation.path)) if setup.validation else None,
         processing_class=setup.tokenizer,
-        peft_config=lora_config(model, run.lora, base_model_id(run), run.model.revision) if run.lora else None,
+        peft_config=lora_config(model, run.lora, run.model.revision) if run.lora else None,
         callbacks=[ProgressCallback(report)],
     )
     trainer.remove_callback(PrinterCallback)
