@@ -96,7 +96,7 @@ def card(finished: Finished) -> str:
             "",
             "## Load it",
             "",
-            *_loading(base, adapter),
+            *_loading(finished),
             "",
             "## Data",
             "",
@@ -134,16 +134,19 @@ def _result_lines(finished: Finished) -> list[str]:
     return lines
 
 
-def _loading(base: str, adapter: bool) -> list[str]:
-    if not adapter:
-        lines = ['model = AutoModelForCausalLM.from_pretrained("PATH/TO/THIS/FOLDER")']
-        imports = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
-    else:
+def _loading(finished: Finished) -> list[str]:
+    imports = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    lines = ['model = AutoModelForCausalLM.from_pretrained("PATH/TO/THIS/FOLDER")']
+    if finished.result.kind == "Adapter":
+        base = _base_name(finished.inputs)
+        on_hub = finished.inputs.model.hub is not None
+        imports.insert(0, "from peft import PeftModel")
         lines = [
-            f"model = AutoModelForCausalLM.from_pretrained({json.dumps(base)})",
+            f"model = AutoModelForCausalLM.from_pretrained({json.dumps(base)})"
+            if on_hub
+            else f'model = AutoModelForCausalLM.from_pretrained("PATH/TO/THE/BASE/MODEL")  # a copy of {base}',
             'model = PeftModel.from_pretrained(model, "PATH/TO/THIS/FOLDER")',
         ]
-        imports = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM, AutoTokenizer"]
     lines.append('tokenizer = AutoTokenizer.from_pretrained("PATH/TO/THIS/FOLDER")')
     return ["```python", *imports, "", *lines, "```"]
 

@@ -68,10 +68,10 @@ class Folder:
                 if replaces is None:
                     # A hard link, unlike a rename, fails where the name is taken: that makes it a conditional put.
                     os.link(temporary, path)
-                elif replaces not in ("*", _describe(path, path.name).version):
-                    return False
-                else:
+                elif replaces == "*" or (path.is_file() and replaces == _describe(path, path.name).version):
                     temporary.replace(path)
+                else:
+                    return False
             except FileExistsError:
                 return False
             finally:

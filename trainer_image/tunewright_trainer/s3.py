@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -45,20 +46,12 @@ class S3:
     """Objects of one S3 service, with the credentials of the environment. Safe to use from several threads.
 
     Every method may raise MissingBucket, AccessDenied, EndpointUnreachable, InvalidConfiguration (wrong region),
-    StorageUnavailable (an outage outlasted `outage_seconds`) and Preempted.
+    StorageUnavailable (an outage outlasted OUTAGE_SECONDS) and Preempted.
     """
 
-    def __init__(
-        self,
-        settings: StorageSettings,
-        stop: Stop,
-        *,
-        outage_seconds: float = OUTAGE_SECONDS,
-        first_contact_seconds: float = FIRST_CONTACT_SECONDS,
-    ) -> None:
+    def __init__(self, settings: StorageSettings, stop: Stop) -> None:
         self._stop = stop
-        self._outage_seconds = outage_seconds
-        self._contact = Contact(settings, answered=False, patience_seconds=first_contact_seconds)
+        self._contact = Contact(settings, answered=False)
         try:
             self._client = _client(settings)
         except ValueError as error:
@@ -77,6 +70,8 @@ class S3:
         def call() -> StoredFile:
             answer = self._client.get_object(Bucket=bucket, Key=key)
             answer["Body"].close()
+            if "ETag" not in answer:
+                raise Outage("the answer has no ETag, which every S3 object has")
             return StoredFile(key.rpartition("/")[2], answer["ContentLength"], answer["ETag"].strip('"'))
 
         return self._call(bucket, key, call)
@@ -105,7 +100,7 @@ class S3:
                 if error.response["Error"]["Code"] == "NoSuchKey":
                     return None
                 raise
-            with answer["Body"] as body:
+            with closing(answer["Body"]) as body:
                 return body.read(limit_bytes + 1), answer["ETag"].strip('"')
 
         return self._call(bucket, key, call)
@@ -169,7 +164,7 @@ class S3:
             answer = self._client.get_object(Bucket=bucket, Key=key, Range=span, IfMatch=f'"{file.version}"')
             received = 0
             try:
-                with target.open("r+b") as output, answer["Body"] as body:
+                with target.open("r+b") as output, closing(answer["Body"]) as body:
                     output.seek(start)
                     for chunk in body.iter_chunks(STREAM_BYTES):
                         self._stop.check()
@@ -212,7 +207,7 @@ class S3:
             try:
                 result = call()
             except (ClientError, BotoCoreError, Outage, S3UploadFailedError) as error:
-                patience = self._outage_seconds if self._contact.answered else self._contact.patience_seconds
+                patience = OUTAGE_SECONDS if self._contact.answered else FIRST_CONTACT_SECONDS
                 out_of_time = time.monotonic() - started > patience
                 final = translate(error, bucket, key, self._contact, out_of_time=out_of_time)
                 if final is not None:

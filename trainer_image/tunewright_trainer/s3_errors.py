@@ -48,8 +48,6 @@ class Contact:
     settings: StorageSettings
     answered: bool
     """It has answered as an S3 service does."""
-    patience_seconds: float
-    """How long to ask before it has."""
 
     @property
     def address(self) -> str:
@@ -85,8 +83,9 @@ def translate(error: Exception, bucket: str, key: str, contact: Contact, *, out_
     if isinstance(error, ClientError):
         code = str(error.response.get("Error", {}).get("Code", ""))
         status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-        # A service of another kind (a web console, a proxy) gives no S3 error document: the code is then the status.
-        contact.answered = contact.answered or not code.isdigit() or status >= 500
+        # A service of another kind (a web console) gives no S3 error document: the code is then the status, and 500 for
+        # a page with status 200. The other 5xx come from a load balancer whose S3 service is away.
+        contact.answered = contact.answered or not code.isdigit() or status > 500
         if contact.answered and status < 500 and code not in _TRANSIENT_CODES:
             return _answer(code, error.response["Error"].get("Message", ""), place, bucket, contact)
         text = f"{status} {code}"
