@@ -1,0 +1,38 @@
+"""`tunewright run`: what the supervisor is given, and how its report comes out. Real training is in tests/trainer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.unit.cli.conftest import Run
+
+
+def test_a_missing_model_is_reported_like_in_the_cluster(run: Run, job_file: Path, tmp_path: Path) -> None:
+    """The supervisor's own message and exit code, within seconds, with the log kept."""
+    work = tmp_path / "work"
+    result = run("run", "-f", job_file, "--work", work)
+    assert result.exit_code == 20
+    assert f"{tmp_path}/model" in result.stderr
+    assert list((work / "logs").iterdir())
+
+
+def test_bad_rows_stop_the_run_before_training(run: Run, job_file: Path, rows: Path, tmp_path: Path) -> None:
+    """File, line and field; JSON is the whole report."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    rows.write_text('{"prompt": "p"}\n{"prompt": "p"}\n')
+    result = run("run", "-f", job_file, "--work", tmp_path / "work", "--output", "json")
+    report = json.loads(result.stdout)
+    assert (result.exit_code, report["exitCode"]) == (20, 20)
+    assert report["reason"] in ("InvalidData", "InvalidModel")
+
+
+def test_an_invalid_file_never_reaches_the_trainer(run: Run, job_file: Path, tmp_path: Path) -> None:
+    """Checked first, with file, line and column."""
+    job_file.write_text(job_file.read_text().replace("LoRA", "Lora"))
+    result = run("run", "-f", job_file, "--work", tmp_path / "work")
+    assert result.exit_code == 20
+    assert f"{job_file}:7:12: spec.method.type" in result.stderr
+    assert not (tmp_path / "work").exists()
