@@ -45,6 +45,7 @@ app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: drawing frames costs half a second of imports
     context_settings={"help_option_names": ["-h", "--help"]},
     help="LLM fine-tuning on Kubernetes: check, plan, run, watch and fetch FineTuneJobs.",
 )
@@ -68,7 +69,7 @@ Endpoint = Annotated[
 Region = Annotated[str | None, typer.Option(help="S3 region. Default: AWS_REGION, else the job's own, else us-east-1.")]
 
 
-@app.command()
+@app.command(short_help="Check FineTuneJobs without a cluster.")
 def validate(filename: Files, output: Output = Output.TEXT) -> None:
     """Check FineTuneJobs without a cluster: every problem at once, with its place.
 
@@ -79,7 +80,7 @@ def validate(filename: Files, output: Output = Output.TEXT) -> None:
     raise typer.Exit(command.run(filename, as_json=output is Output.JSON))
 
 
-@app.command()
+@app.command(short_help="Show defaults, steps and the rendered Job.")
 def plan(
     filename: OneFile,
     name: JobName = None,
@@ -97,7 +98,7 @@ def plan(
     command.run(filename, name, output.value, endpoint=endpoint, region=region)
 
 
-@app.command()
+@app.command(short_help="Train on this machine, without Kubernetes.")
 def run(
     filename: OneFile,
     name: JobName = None,
@@ -117,9 +118,9 @@ def run(
     raise typer.Exit(command.run(filename, name, work, endpoint=endpoint, region=region, as_json=output is Output.JSON))
 
 
-@app.command()
+@app.command(short_help="Follow a FineTuneJob in the cluster to its end.")
 def watch(
-    name: Annotated[str, typer.Argument(help="Name of the FineTuneJob.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the FineTuneJob.")],
     namespace: Namespace = None,
     context: Context = None,
     output: Output = Output.TEXT,
@@ -134,7 +135,7 @@ def watch(
     raise typer.Exit(command.run(name, namespace, context, as_json=output is Output.JSON, interval_seconds=interval))
 
 
-@app.command("get-adapter")
+@app.command("get-adapter", short_help="Download a result and verify every file.")
 def get_adapter(
     source: Annotated[
         str,
@@ -143,7 +144,9 @@ def get_adapter(
             help="s3:// URI of a manifest, of a run's folder or of an output folder, or the name of a FineTuneJob.",
         ),
     ],
-    target: Annotated[Path, typer.Argument(help="Folder to put the files into; must be empty or not exist.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="TARGET", help="Folder to put the files into; must be empty or not exist.")
+    ],
     namespace: Namespace = None,
     context: Context = None,
     endpoint: Endpoint = None,
