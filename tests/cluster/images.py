@@ -20,7 +20,7 @@ from tests.cluster import debian, paths, registry
 BASE_IMAGE = "localhost/debian-python:bookworm"
 """Debian 12 with its Python 3.11, the counterpart of python:3.12-slim where no registry of images can be reached."""
 
-_MIRROR = ""
+_DEBIAN = "bookworm"
 _BASE_PACKAGES = "python3,python3-venv,ca-certificates"
 
 # What both Dockerfiles copy; .dockerignore lets the same through.
@@ -128,20 +128,7 @@ def _copy_inputs(dockerfile: str) -> Path:
             shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", ".*_cache"))
         else:
             shutil.copy2(source, target)
-    project = context / "pyproject.toml"
-    project.write_text(_packaging_only(project.read_text()))
     return context
-
-
-def _packaging_only(project: str) -> str:
-    """Returns a pyproject.toml without the settings of linters and tests, which would rebuild gigabytes for nothing."""
-    kept, keep = [], True
-    for line in project.splitlines(keepends=True):
-        if line.startswith("["):
-            keep = line.startswith(("[build-system]", "[project", "[tool.hatch"))
-        if keep:
-            kept.append(line)
-    return "".join(kept)
 
 
 def _build_mounts() -> list[str]:
@@ -179,7 +166,7 @@ def _ensure_base_image() -> None:
     print(f"building {BASE_IMAGE} (about a minute)", file=sys.stderr, flush=True)
     root = _storage() / "debian"
     shutil.rmtree(root, ignore_errors=True)
-    command = ["debootstrap", "--variant=minbase", f"--include={_BASE_PACKAGES}", "bookworm", str(root), _MIRROR]
+    command = ["debootstrap", "--variant=minbase", f"--include={_BASE_PACKAGES}", _DEBIAN, str(root), _mirror()]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(f"`{' '.join(command)}` failed:\n{(result.stdout + result.stderr)[-2000:]}")
@@ -189,6 +176,22 @@ def _ensure_base_image() -> None:
         packages.unlink()
     _commit(root, BASE_IMAGE, "/", "--cmd", "python3")
     shutil.rmtree(root)
+
+
+def _mirror() -> str:
+    """Returns where this machine itself gets Debian's packages from.
+
+    Raises:
+        RuntimeError: apt knows no such place.
+    """
+    command = ["apt-get", "indextargets", "--format", "$(RELEASE) $(REPO_URI)", "Created-By: Packages"]
+    for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
+        release, address = line.split()
+        if release == _DEBIAN:
+            return address
+    raise RuntimeError(
+        f"apt has no source of Debian {_DEBIAN}, which the base image is made of: add one to sources.list"
+    )
 
 
 def _commit(source: Path, image: str, place: str, *settings: str) -> None:
