@@ -75,9 +75,10 @@ def _read_jsonl(path: Path, uri: str, advance: Advance) -> Iterator[Row | BadRow
 
 def _json_row(line: str, place: str) -> Row | BadRow:
     try:
-        value = json.loads(line)
+        value = json.loads(line.rstrip("\r\n"))
     except json.JSONDecodeError as error:
-        return BadRow(place, f"not valid JSON: {error.msg} at character {error.pos + 1}")
+        # Some of json's messages end with the "at" that belongs before a position.
+        return BadRow(place, f"not valid JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1}")
     except RecursionError:
         return BadRow(place, "not usable JSON: nested too deeply")
     return _object_row(value, place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import uuid
@@ -37,8 +38,7 @@ class Folder:
             AccessDenied: The file system refuses.
         """
         with _translated(uri, path):
-            files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
-            return [_describe(p, p.relative_to(path).as_posix()) for p in files]
+            return sorted(_walk(path), key=lambda file: file.name)
 
     def read(self, uri: str, path: Path, limit_bytes: int) -> tuple[bytes, str] | None:
         """Return content (at most `limit_bytes` and one) and version of a small file, or None where there is none."""
@@ -98,6 +98,20 @@ class Folder:
         with _translated(uri, path):
             if path.is_dir():
                 shutil.rmtree(path)
+
+
+def _walk(top: Path) -> Iterator[StoredFile]:
+    """Describe the files below a folder. One that another writer removes meanwhile is not there."""
+
+    def failed(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    for folder, _, names in os.walk(top, onerror=failed):
+        for path in (Path(folder) / name for name in names):
+            with contextlib.suppress(FileNotFoundError):
+                if path.is_file():
+                    yield _describe(path, path.relative_to(top).as_posix())
 
 
 def _describe(path: Path, name: str) -> StoredFile:

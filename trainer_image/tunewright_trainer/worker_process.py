@@ -82,8 +82,9 @@ class WorkerProcess:
 
     def _copy_output(self) -> None:
         assert self._process.stdout is not None
-        while line := self._process.stdout.readline(65536):
-            self._log.worker_line(line.decode(errors="replace"))
+        with self._process.stdout as output:
+            while line := output.readline(65536):
+                self._log.worker_line(line.decode(errors="replace"))
 
 
 def _die_with_parent() -> None:

@@ -65,7 +65,7 @@ def test_a_csv_field_may_span_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"a": 1}\n{"a": \n{"a": 2}\n', "line 2: not valid JSON: Expecting value at character 8"),
+        ("a.jsonl", '{"a": 1}\n{"a": \n{"a": 2}\n', "line 2: not valid JSON: Expecting value at character 7"),
         ("a.jsonl", '{"a": 1}\n[1, 2]\n', "line 2: must be a JSON object with named fields, is a list"),
         ("a.json", '[{"a": 1}, "b"]', "row 2: must be a JSON object with named fields, is a string"),
         ("a.json", '[{"a": 1}, {"a": "b]', "row 2: not valid JSON: Unterminated string starting at"),

@@ -1,65 +1,74 @@
-"""The worker as a process: threads, environment, and its end when nobody waits for it."""
+"""What a worker's death means, and what is blotted out of its output."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tunewright_trainer.worker import cpu_limit, set_environment
+from tunewright_trainer.errors import InternalError, Killed, TrainerError
+from tunewright_trainer.run_log import Redactor, RunLog
+from tunewright_trainer.worker_process import death_of, memory_limit, oom_kills
 
 
 @pytest.mark.parametrize(
-    ("content", "expected"),
-    [("max 100000", None), ("100000 100000", 1), ("150000 100000", 2), ("10000 100000", 1), ("9900000 100000", None)],
-    ids=["no limit", "one CPU", "one and a half", "a tenth", "more than there are"],
+    ("code", "kills", "limit", "kind", "message"),
+    [
+        (
+            -9,
+            1,
+            4 * 2**30,
+            Killed,
+            "went over the container's memory limit of 4.0 GiB and was killed: raise resources.mem",
+        ),
+        (137, 1, None, Killed, "went over the container's memory limit and was killed"),
+        (
+            -9,
+            0,
+            2**30,
+            Killed,
+            "was killed (SIGKILL), most likely because the node or the container ran out of memory (limit",
+        ),
+        (-11, 0, None, InternalError, "crashed with SIGSEGV; its last line: boom"),
+        (0, 0, None, InternalError, "ended without a result; its last line: boom"),
+        (3, 0, None, InternalError, "failed with exit code 3; its last line: boom"),
+    ],
 )
-def test_threads_follow_the_container_s_limit(content: str, expected: int | None, tmp_path: Path) -> None:
-    """The cgroup's quota is rounded up and never exceeds the process's own CPUs."""
-    available = len(os.sched_getaffinity(0))
-    limit = tmp_path / "cpu.max"
-    limit.write_text(content + "\n")
-    assert cpu_limit(limit) == min(available, expected or available)
+def test_a_death_is_explained(code: int, kills: int, limit: int | None, kind: type[TrainerError], message: str) -> None:
+    """The kernel's own count of kills tells a memory limit from other reasons."""
+    error = death_of(code, "boom", oom_kills=kills, memory_limit=limit)
+    assert type(error) is kind
+    assert str(error).startswith(f"the training process {message}")
 
 
-def test_threads_without_a_cgroup(tmp_path: Path) -> None:
-    """Where there is no cgroup file, all CPUs of the process count."""
-    assert cpu_limit(tmp_path / "none") == len(os.sched_getaffinity(0))
+def test_the_cgroup_is_read(tmp_path: Path) -> None:
+    """Kills and limit come from cgroup 2; without it there are none."""
+    assert (oom_kills(tmp_path), memory_limit(tmp_path)) == (0, None)
+    (tmp_path / "memory.events").write_text("low 0\noom 3\noom_kill 2\n")
+    (tmp_path / "memory.max").write_text("1073741824\n")
+    assert (oom_kills(tmp_path), memory_limit(tmp_path)) == (2, 2**30)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory_limit(tmp_path) is None
 
 
-def test_environment_of_the_pod_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Defaults are set only where the pod says nothing."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1234")
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    set_environment()
-    assert os.environ["OMP_NUM_THREADS"] == "7"
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-1234"
-    assert os.environ["HF_HUB_OFFLINE"] == "1"
-
-
-def test_worker_ends_with_its_parent(tmp_path: Path) -> None:
-    """When the supervisor is killed, the worker does not go on alone."""
-    start = (
-        "import subprocess, sys, time\n"
-        f"p = subprocess.Popen([sys.executable, '-m', 'tunewright_trainer.worker', '--work', {str(tmp_path)!r}])\n"
-        "print(p.pid, flush=True)\n"
-        "time.sleep(600)\n"
+def test_secrets_are_blotted_out() -> None:
+    """The longest secret goes first; short made-up key ids, which are part of ordinary words, stay."""
+    redact = Redactor(
+        {
+            "AWS_ACCESS_KEY_ID": "minio",
+            "AWS_SECRET_ACCESS_KEY": "abcdefgh",
+            "AWS_SESSION_TOKEN": "abcdefgh-longer",
+            "HF_TOKEN": "",
+            "PATH": "/usr/bin",
+        }
     )
-    parent = subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None
-    worker = psutil.Process(int(parent.stdout.readline()))
-    deadline = time.monotonic() + 60
-    while worker.num_threads() < 2 and time.monotonic() < deadline:  # until it watches its parent
-        time.sleep(0.05)
-    assert worker.is_running()
-    parent.kill()
-    parent.wait()
-    parent.stdout.close()
-    worker.wait(timeout=60)
+    assert redact("minio abcdefgh abcdefgh-longer /usr/bin") == "minio *** *** /usr/bin"
+
+
+def test_a_progress_bar_leaves_its_last_state(tmp_path: Path) -> None:
+    """Carriage returns do not fill the log, and the last line with something in it is at hand."""
+    with RunLog(tmp_path / "logs/a.log", Redactor({}), echo=False) as log:
+        log.worker_line("  0%\r 50%\r100%\n")
+        log.worker_line("\n")
+        assert log.last_worker_line() == "100%"
+    assert (tmp_path / "logs/a.log").read_text() == "100%\n\n"
