@@ -85,6 +85,8 @@ class Operator:
             registry=build_registry(self.store, self.queue.add, self.relisted, self.api.configuration),
             settings=build_settings(),
             standalone=True,
+            # Nobody reads it without peering; left to kopf, it asks for the user's name, which a container has not.
+            identity="tunewright",  # type: ignore[arg-type]  # a NewType that kopf does not export
             clusterwide=not self.settings.watch_namespaces,
             namespaces=self.settings.watch_namespaces,
             stop_flag=stop,
