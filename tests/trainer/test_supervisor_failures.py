@@ -208,12 +208,9 @@ def test_a_crash_before_the_manifest(inputs: Bucket, tmp_path: Path, monkeypatch
     """Files without a manifest are no result; the next attempt publishes under its own name."""
     monkeypatch.setattr(s3, "OUTAGE_SECONDS", 1.0)
     with proxied(inputs.server) as proxy:
-        proxy.only, proxy.always = "manifest.json", "pass"
         settings = make_settings(tmp_path / "1", writer="aaaaaaaa")
         proxy.only = "PUT /tests/out/"
-        proxy.faults.clear()
-        proxy.always = None
-        proxy.faults.extend(["pass"] * 7 + ["503"] * 200)
+        proxy.faults.extend(["pass"] * 7 + ["503"] * 200)  # seven files, then the manifest
         report = supervisor.run(bucket_run(inputs, endpoint=proxy.endpoint), settings)
     assert report.exit_code == 23
     assert any("aaaaaaaa" in key for key in inputs.stored("out"))
