@@ -83,16 +83,14 @@ class Applier:
             except NotFound:
                 continue
 
-    async def write_status(
-        self, key: Key, version: str, previous: FineTuneJobStatus, status: FineTuneJobStatus
-    ) -> bool:
+    async def write_status(self, key: Key, version: str, stored: dict[str, Any], status: FineTuneJobStatus) -> bool:
         """Write what has changed, against the version it was decided from; return whether there was anything.
 
         Raises:
             Conflict: The FineTuneJob has changed since: the pass is to be repeated from a live read.
             NotFound: It is gone.
         """
-        patch = _difference(previous.document(), status.document())
+        patch = _difference(stored, status.document())
         if not patch:
             return False
         body = {"metadata": {"resourceVersion": version}, "status": patch}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from tunewright_api.conditions import ConditionType, is_true
 from tunewright_api.v1alpha1.status import FineTuneJobStatus
@@ -79,19 +80,20 @@ class Reconciler:
                     decision = decide(job, previous, seen, self._clock(), self._settings)
                 case DeleteJobs() as action:
                     await self._applier.delete_jobs(key, action)
-        return await self._finish(key, metadata, previous, seen, decision)
+        return await self._finish(key, document, previous, seen, decision)
 
     async def _finish(
         self,
         key: Key,
-        metadata: dict[str, str],
+        document: dict[str, Any],
         previous: FineTuneJobStatus,
         seen: ObservedRun,
         decision: Decision,
     ) -> float | None:
-        status = decision.status
+        metadata, status = document["metadata"], decision.status
         try:
-            written = await self._applier.write_status(key, metadata["resourceVersion"], previous, status)
+            stored = document.get("status", {})
+            written = await self._applier.write_status(key, metadata["resourceVersion"], stored, status)
         except Conflict:
             # Somebody changed the FineTuneJob meanwhile: decide again from what is there now.
             return 0.0

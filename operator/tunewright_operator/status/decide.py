@@ -29,7 +29,7 @@ from tunewright_operator.status.memory import (
 
 _WAIT_FOR_OTHERS_SECONDS = 5.0
 """Between looks at something that ends by itself soon and whose end a watch may not show."""
-_NO_POD_SECONDS = 30.0
+_NO_POD_SECONDS = 60.0
 """After this time a Job without a pod is worth a hint."""
 
 
@@ -205,7 +205,9 @@ def _live(
     )
     pod = seen.pod
     if pod is not None and pod.deletion_time is not None and not pod.terminal:
-        lost_in = seconds_until(pod.deletion_time, now) + settings.node_lost_grace_seconds
+        # Without a node there is nobody to wait for.
+        grace = settings.node_lost_grace_seconds if pod.node is not None else 0.0
+        lost_in = seconds_until(pod.deletion_time, now) + grace
         if lost_in <= 0:
             ended = ending.end_attempt(status, verdict.judge_lost_node(pod), pod, spec, settings, now)
             return Decision(ended, _delete(job), _after(ended, now).requeue_seconds)

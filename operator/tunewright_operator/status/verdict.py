@@ -71,9 +71,11 @@ def judge_failure(job: ObservedJob, pod: ObservedPod | None, memory_limit: str) 
 
 
 def judge_lost_node(pod: ObservedPod) -> Verdict:
-    """Judge an attempt whose pod should be gone but is not: nobody on its node carries the deletion out."""
-    where = f"node {pod.node}" if pod.node else "its node"
-    return Verdict(Reason.NODE_LOST, Fate.FREE_RETRY, f"pod {pod.name} was deleted, but {where} does not answer")
+    """Judge an attempt whose pod should be gone but is not: nobody carries the deletion out."""
+    if pod.node is None:
+        return Verdict(Reason.POD_DELETED, Fate.FREE_RETRY, f"pod {pod.name} was deleted before it had a node")
+    message = f"pod {pod.name} was deleted, but node {pod.node} does not answer"
+    return Verdict(Reason.NODE_LOST, Fate.FREE_RETRY, message)
 
 
 def judge_missing_job(name: str) -> Verdict:
