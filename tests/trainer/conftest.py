@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-# Read when transformers is imported: tests must not look for a model hub.
+# Read when the libraries are imported: tests must not look for a model hub, and on a busy machine the threads of a tiny
+# matrix product wait for each other longer than they compute.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 from pydantic import BaseModel

@@ -26,26 +26,32 @@ LOSS_TOLERANCE = 2e-3
 NF4 = {"type": "QLoRA", "lora": {"dropout": 0.0}, "quantization": {"bits": 4}}
 INT8 = {"type": "QLoRA", "lora": {"dropout": 0.0}, "quantization": {"bits": 8}}
 PINNED: dict[str, tuple[dict[str, Any], list[float]]] = {
-    "lora": ({"method": {"type": "LoRA"}}, []),
+    "lora": ({"method": {"type": "LoRA"}}, [10.8168, 10.8590, 10.6226, 10.4569]),
     "lora without dropout, checkpointing": (
         {
             "method": {"type": "LoRA", "lora": {"dropout": 0.0}},
             "hyperparameters": {"gradientCheckpointing": True},
         },
-        [],
+        [10.8168, 10.8590, 10.6246, 10.4597],
     ),
-    "lora, packing": ({"method": {"type": "LoRA"}, "hyperparameters": {"packing": True, "batchSize": 1}}, []),
+    "lora, packing": (
+        {"method": {"type": "LoRA"}, "hyperparameters": {"packing": True, "batchSize": 1}},
+        [10.8330, 10.8782, 10.6121, 10.4572],
+    ),
     "lora, accumulation, linear": (
         {
             "method": {"type": "LoRA"},
             "hyperparameters": {"batchSize": 2, "gradientAccumulationSteps": 2, "scheduler": "Linear"},
         },
-        [],
+        [10.8168, 10.8590, 10.6219, 10.4657],
     ),
-    "qlora nf4": ({"method": NF4}, []),
-    "qlora int8": ({"method": INT8}, []),
-    "full": ({"method": {"type": "Full"}}, []),
-    "full, adafactor": ({"method": {"type": "Full"}, "hyperparameters": {"optimizer": "Adafactor"}}, []),
+    "qlora nf4": ({"method": NF4}, [10.8137, 10.8571, 10.6067, 10.4527]),
+    "qlora int8": ({"method": INT8}, [10.8163, 10.8588, 10.6256, 10.4596]),
+    "full": ({"method": {"type": "Full"}}, [10.8168, 10.8590, 10.2011, 9.2585]),
+    "full, adafactor": (
+        {"method": {"type": "Full"}, "hyperparameters": {"optimizer": "Adafactor"}},
+        [10.8168, 10.8590, 10.2911, 9.3666],
+    ),
 }
 
 
@@ -167,14 +173,15 @@ def test_quantized_adapter_is_verified(make_task: MakeTask, train: Train) -> Non
 
 
 def test_samples_show_base_and_tuned(make_task: MakeTask, train: Train) -> None:
-    """samples.json holds validation prompts with the expected, the base's and the tuned answer; these two differ."""
-    task = make_task(validation=EXCHANGES[4:10], method={"type": "Full"}, hyperparameters={"maxSteps": 40})
+    """samples.json holds validation prompts with the expected, the base's and the tuned answer."""
+    rows = [{"prompt": row["prompt"], "completion": "Yes."} for row in EXCHANGES]
+    task = make_task(rows=rows, validation=rows[4:10], method={"type": "Full"}, hyperparameters={"maxSteps": 20})
     train(task)
     samples = json.loads((task.output_path / "samples.json").read_text())
     assert [s["prompt"] for s in samples] == [row["prompt"] for row in EXCHANGES[4:7]]
-    assert [s["expected"] for s in samples] == [row["completion"] for row in EXCHANGES[4:7]]
-    assert samples[0]["tuned"] != samples[0]["base"]
-    assert "plus" in samples[0]["tuned"]
+    assert [s["expected"] for s in samples] == ["Yes."] * 3
+    assert all(s["tuned"].startswith("Yes") for s in samples)
+    assert not any("Yes" in s["base"] for s in samples)
 
 
 def test_chat_template_of_the_spec_is_used_and_saved(make_task: MakeTask, train: Train) -> None:
