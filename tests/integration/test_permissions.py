@@ -29,7 +29,7 @@ def used(api: Api, operator: Operator, proxy: Proxy) -> set[tuple[str, str, str]
     api.delete("finetunejobs", "bot")
     api.delete("finetunejobs", "stopped")
     wait(lambda: not api.items("finetunejobs"), "removal of the FineTuneJobs")
-    wait(lambda: EXPECTED <= set(proxy.count()), f"use of {EXPECTED - set(proxy.count())}")
+    wait(lambda: set(proxy.count()) >= EXPECTED, f"use of {EXPECTED - set(proxy.count())}")
     return set(proxy.count())
 
 
