@@ -81,12 +81,12 @@ def test_all_problems_come_at_once() -> None:
 @pytest.mark.parametrize("field", ["model", "train", "output"])
 def test_local_paths_are_only_for_local_runs(field: str) -> None:
     """A path that starts with / or ./ passes where `local` is set, and nowhere else."""
-    changes: dict[str, Any] = {
+    by_field: dict[str, dict[str, Any]] = {
         "model": {"model": {"uri": "/models/base"}},
         "train": {"dataset": {"train": [{"uri": "./rows.jsonl"}]}},
         "output": {"output": {"uri": "../results"}},
-    }[field]
-    document = job_document(**changes)
+    }
+    document = job_document(**by_field[field])
     assert parse_finetunejob(document, local=True)
     assert len(problems(document)) == 1
 
