@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
+from math import isfinite
 from typing import Any
 
 from tunewright_api.run_report import EvaluationResult, Progress, RunPlan, Stage
@@ -24,7 +24,7 @@ MAX_MESSAGE = 1024
 
 def finite(value: float | None) -> float | None:
     """Return the number, or None where it is not one that JSON and the status can hold."""
-    return value if value is not None and math.isfinite(value) else None
+    return value if value is not None and isfinite(value) else None
 
 
 def thin(history: list[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -122,9 +122,14 @@ class Tracker:
     def _handle_step(self, event: StepEvent) -> None:
         old = self.progress
         changes: dict[str, Any] = {"step": event.step, "stage": "Training"}
-        given = {"epoch": event.epoch, "loss": event.loss, "learning_rate": event.learning_rate}
-        given["tokens_per_second"] = event.tokens_per_second
-        changes |= {name: value for name, value in given.items() if finite(value) is not None}
+        given = {
+            "epoch": (event.epoch, 3),
+            "loss": (event.loss, 4),
+            "learning_rate": (event.learning_rate, 10),
+            "tokens_per_second": (event.tokens_per_second, 1),
+        }
+        # Rounded for people (these numbers are columns of `kubectl get`); metrics.jsonl keeps all digits.
+        changes |= {name: round(v, digits) for name, (v, digits) in given.items() if v is not None and isfinite(v)}
         if "loss" in changes:
             changes["loss_history"] = thin([*old.loss_history, (event.step, changes["loss"])])
         if old.total_steps:
