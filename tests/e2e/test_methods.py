@@ -11,12 +11,13 @@ import pytest
 import yaml
 
 from tests.e2e.conftest import Jobs, finetunejob
-from tests.platform import DATASETS, MODELS, ROOT, SMOLLM2
+from tests.platform import DATASETS, MODELS, ROOT, SMOLLM2, TINY
 
 VALIDATION = {
     "train": [{"uri": f"s3://{DATASETS}/docstrings/train.jsonl", "maxSamples": 64}],
     "validation": [{"uri": f"s3://{DATASETS}/docstrings/validation.jsonl", "maxSamples": 8}],
 }
+FLOAT32 = {"uri": f"s3://{MODELS}/{TINY}", "dtype": "Float32"}
 METHODS = {
     "lora": {"type": "LoRA", "lora": {"rank": 4, "targets": "Attention"}},
     "qlora": {"type": "QLoRA", "lora": {"rank": 4}, "quantization": {"bits": 4}},
@@ -30,13 +31,13 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-folder, base, kind = sys.argv[1:4]
-probe = load_file(f"{folder}/probe.safetensors")
+folder, base, probe_file, kind = sys.argv[1:5]
+probe = load_file(probe_file)
 if kind == "adapter":
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model = PeftModel.from_pretrained(model, f"{folder}/adapter")
+    model = PeftModel.from_pretrained(model, folder)
 else:
-    model = AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 with torch.no_grad():
     logits_BV = model.eval()(probe["input_ids"]).logits[:, -1].float()
 print(json.dumps({"difference": (logits_BV - probe["logits"]).abs().max().item()}))
@@ -46,7 +47,10 @@ print(json.dumps({"difference": (logits_BV - probe["logits"]).abs().max().item()
 @pytest.mark.timeout(900)
 def test_methods_run_to_complete(jobs: Jobs, tmp_path: Path) -> None:
     """LoRA, QLoRA and full fine-tuning publish verified results; the float32 ones give exactly the recorded logits."""
-    documents = [finetunejob(f"method-{name}", method=method, dataset=VALIDATION) for name, method in METHODS.items()]
+    documents = [
+        finetunejob(f"method-{name}", model=FLOAT32, method=method, dataset=VALIDATION)
+        for name, method in METHODS.items()
+    ]
     jobs.apply(*documents)
     for name in METHODS:
         status = jobs.finished(f"method-{name}", timeout=600)
@@ -74,7 +78,10 @@ def logit_difference(jobs: Jobs, name: str, tmp_path: Path) -> float:
     client = jobs.platform.s3()
     for key in jobs.platform.keys(MODELS, "tiny-llama/"):
         client.download_file(MODELS, key, str(base / Path(key).name))
-    command = [sys.executable, "-W", "ignore", "-c", LOAD_AND_COMPARE, str(target), str(base), root]
+    probe = tmp_path / f"{name}-probe.safetensors"
+    bucket, key = status["output"]["uri"].removeprefix("s3://").split("/", 1)
+    client.download_file(bucket, f"{key.rpartition('/')[0]}/probe.safetensors", str(probe))
+    command = [sys.executable, "-W", "ignore", "-c", LOAD_AND_COMPARE, str(target), str(base), str(probe), root]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return float(json.loads(output.splitlines()[-1])["difference"])
 
