@@ -124,9 +124,10 @@ def _volumes(spec: FineTuneJobSpec, settings: Settings, claims: dict[str, bool])
     shared = (spec.resources or Resources()).shared_memory or settings.default_shared_memory
     scratch = [{"name": name, "emptyDir": {}} for name in _SCRATCH]
     memory = {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": shared}}
+    # Read-only by the mount alone: some drivers cannot attach a volume read-only.
     persistent = [
-        {"name": _volume_name(index), "persistentVolumeClaim": {"claimName": claim, "readOnly": read_only}}
-        for index, (claim, read_only) in enumerate(claims.items())
+        {"name": _volume_name(index), "persistentVolumeClaim": {"claimName": claim}}
+        for index, claim in enumerate(claims)
     ]
     return [*scratch, memory, *persistent]
 

@@ -44,13 +44,17 @@ def decide(
     if is_finished(previous):
         return _clean_up(job.spec, previous, seen, now)
     status = _visited(job, previous, now)
+    if not job.spec.suspend:
+        status = _resumed(status, now)
     if _run_deadline_passed(job.spec, status, now):
         return _deadline_exceeded(job.spec, status, seen, now, "timeouts.run", _timeouts(job.spec).run)
     if seen.job is not None and seen.job.finished:
-        return _ended(job.spec, status, seen.job, seen.pod, settings, now)
+        ended = _ended(job.spec, status, seen.job, seen.pod, settings, now)
+        if is_finished(ended.status) or not job.spec.suspend:
+            return ended
+        return _suspended(job, ended.status, ObservedRun(), now)
     if job.spec.suspend:
         return _suspended(job, status, seen, now)
-    status = _resumed(status, now)
     if seen.job is not None:
         return _live(job.spec, status, seen.job, seen, settings, now)
     if seen.job_gone:

@@ -85,13 +85,13 @@ def judge_missing_job(name: str) -> Verdict:
 
 def _by_exit_code(pod: ObservedPod, exit_code: int, report: RunReport | None) -> Verdict:
     outcome = outcome_of(exit_code)
-    if report is not None and report.message:
-        message = report.message
-    else:
-        message = f"pod {pod.name} ended with exit code {exit_code} and no report; see its log"
+    reason = outcome.reason
+    message = f"pod {pod.name} ended with exit code {exit_code} and no report; see its log"
+    if report is not None and report.exit_code == exit_code and report.message:
+        reason, message = report.reason, report.message
     # 0 under a failed Job: the trainer did not fail, so it cannot have succeeded either.
     fate = Fate.COUNTED_RETRY if outcome.fate is Fate.SUCCEEDED else outcome.fate
-    return Verdict(outcome.reason, fate, message, exit_code, report)
+    return Verdict(reason, fate, message, exit_code, report)
 
 
 def _joined(text: str, detail: str) -> str:

@@ -1,0 +1,131 @@
+"""The Job that is rendered, whole and in its variants."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.unit.operator.builders import SETTINGS, finetunejob
+from tunewright_api.run_config import TrainRun
+from tunewright_operator.errors import RunTooLarge
+from tunewright_operator.naming import job_name
+from tunewright_operator.plan import build_job, plan_run
+from tunewright_operator.settings import Settings
+
+GOLDEN = Path(__file__).parent / "golden"
+
+EVERYTHING = {
+    "model": {"uri": "pvc://models/llama"},
+    "dataset": {"train": [{"uri": "pvc://data.set/train.jsonl"}], "validation": [{"uri": "s3://datasets/v.jsonl"}]},
+    "output": {"uri": "pvc://data.set/out"},
+    "storage": {"secretName": "mine", "endpoint": "http://10.0.0.1:9000"},
+    "resources": {
+        "gpus": 1, "gpuResource": "amd.com/gpu", "cpu": 8, "memory": "64Gi", "ephemeralStorage": "100Gi",
+        "sharedMemory": "8Gi",
+    },
+    "pod": {
+        "image": "registry:5000/trainer:2",
+        "imagePullSecrets": [{"name": "registry"}],
+        "serviceAccountName": "cloud",
+        "nodeSelector": {"pool": "gpu"},
+        "tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}],
+        "affinity": {
+            "nodeAffinity": {
+                "requiredDuringSchedulingIgnoredDuringExecution": {
+                    "nodeSelectorTerms": [{"matchExpressions": [{"key": "zone", "operator": "In", "values": ["a"]}]}]
+                }
+            }
+        },
+        "priorityClassName": "high",
+        "runtimeClassName": "nvidia",
+        "labels": {"team": "a"},
+        "annotations": {"note": "text"},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"), [("smallest", {}), ("cpu", {"resources": {"gpus": 0}}), ("everything", EVERYTHING)]
+)
+def test_golden(name: str, changes: dict[str, Any]) -> None:
+    """The whole Job is as recorded; `UPDATE_GOLDEN=1` records anew, and the diff is for review."""
+    rendered = yaml.safe_dump(build_job(finetunejob(**changes), 1, 0, SETTINGS), sort_keys=False, width=110)
+    path = GOLDEN / f"job-{name}.yaml"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(rendered)
+    assert path.read_text() == rendered
+
+
+def environment(manifest: dict[str, Any]) -> dict[str, str]:
+    """Return the container's variables."""
+    (container,) = manifest["spec"]["template"]["spec"]["containers"]
+    return {entry["name"]: entry.get("value", "") for entry in container["env"]}
+
+
+def test_the_trainer_can_read_its_run() -> None:
+    """The document in the environment parses, and names attempt and platform storage."""
+    settings = Settings(storage_endpoint="http://s3:9000", storage_region="eu-west-1", storage_path_style=True)
+    run = TrainRun.model_validate_json(environment(build_job(finetunejob(), 3, 0, settings))["TUNEWRIGHT_RUN"])
+    assert (run.name, run.namespace, run.attempt) == ("bot", "team-a", 3)
+    assert (run.storage.endpoint, run.storage.region, run.storage.path_style) == ("http://s3:9000", "eu-west-1", True)
+
+
+@pytest.mark.parametrize(("halvings", "expected"), [(0, (8, 2)), (1, (4, 4)), (3, (1, 16)), (9, (1, 16))])
+def test_halving_keeps_the_batch(halvings: int, expected: tuple[int, int]) -> None:
+    """Half the micro-batch comes with twice the accumulation, down to one row."""
+    spec = finetunejob(hyperparameters={"batchSize": 8, "gradientAccumulationSteps": 2})
+    resolved = plan_run(spec, 1, halvings, SETTINGS).hyperparameters
+    assert (resolved.batch_size, resolved.gradient_accumulation_steps) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "secret"),
+    [
+        ({}, "platform"),
+        ({"storage": {"secretName": "own"}}, "own"),
+        (
+            {
+                "dataset": {"train": [{"uri": "pvc://data/train.jsonl"}]},
+                "output": {"uri": "pvc://data/out"},
+            },
+            None,
+        ),
+    ],
+)
+def test_credentials(changes: dict[str, Any], secret: str | None) -> None:
+    """The spec's Secret wins; the platform's is used only where S3 is."""
+    manifest = build_job(finetunejob(**changes), 1, 0, Settings(storage_secret_name="platform"))
+    (container,) = manifest["spec"]["template"]["spec"]["containers"]
+    assert container.get("envFrom") == ([{"secretRef": {"name": secret}}] if secret else None)
+
+
+def test_user_labels_do_not_hide_ours() -> None:
+    """The operator finds its pods by its own labels, whatever the user adds."""
+    labels = build_job(finetunejob(pod={"labels": {"app.kubernetes.io/managed-by": "me"}}), 1, 0, SETTINGS)["spec"][
+        "template"
+    ]["metadata"]["labels"]
+    assert labels["app.kubernetes.io/managed-by"] == "tunewright-operator"
+    assert labels["tunewright.dev/finetunejob"] == "bot"
+
+
+def test_a_document_that_does_not_fit_is_refused() -> None:
+    """An environment variable has its limits; the message says what to shorten."""
+    template = "\N{SNOWMAN}" * 32768
+    spec = finetunejob(model={"uri": "hf://a/b", "chatTemplate": template})
+    with pytest.raises(RunTooLarge, match=r"65536 are allowed: shorten model\.chatTemplate"):
+        build_job(spec, 1, 0, SETTINGS)
+
+
+def test_names_fit_a_host_name() -> None:
+    """The longest Job name leaves room for the pod's suffix of six characters."""
+    assert len(job_name("n" * 45, 119)) + 6 <= 63
+
+
+def test_the_manifest_is_json() -> None:
+    """Nothing but plain values goes to the API server."""
+    json.dumps(build_job(finetunejob(**EVERYTHING), 1, 0, SETTINGS))
