@@ -83,7 +83,9 @@ class RunReport(_Document):
 
     version: Literal[1] = 1
     exit_code: int
-    reason: Annotated[str, Field(max_length=64)]
+    reason: Annotated[str, Field(pattern=r"^[A-Z][A-Za-z0-9]{0,63}$")] = Field(
+        description="What kind of end it was, as condition reason; finer than the exit code, never of another fate."
+    )
     message: ShortText = Field(default="", description="What was wrong, where, and what to do.")
     stage: Stage = "Starting"
     step: int = Field(default=0, ge=0)
