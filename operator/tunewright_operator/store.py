@@ -45,7 +45,7 @@ class Entry:
     has_ttl: bool = False
     jobs: dict[str, ObservedJob] = field(default_factory=dict)
     pods: dict[str, ObservedPod] = field(default_factory=dict)
-    progress_written: float = 0.0
+    progress_written: float = float("-inf")
     """Monotonic time of the last progress write."""
     awaited: tuple[int, float] | None = None
     """Version that we wrote and the watch has not shown yet, and when."""
