@@ -39,7 +39,7 @@ CASES = [
     ),
     Case("no-file", train("bad/none.jsonl"), 20, "MissingFile", (f"s3://{DATASETS}/bad/none.jsonl",)),
     Case("empty-file", train("bad/empty.jsonl"), 20, "InvalidData", ("empty.jsonl", "empty")),
-    Case("broken-json", train("bad/broken.jsonl"), 20, "InvalidData", ("broken.jsonl", "4711")),
+    Case("broken-json", train("bad/broken.jsonl"), 20, "InvalidData", ("broken.jsonl", "4,711")),
     Case(
         "no-column",
         train("docstrings/train.jsonl", format="PromptCompletion", columns={"prompt": "question"}),
