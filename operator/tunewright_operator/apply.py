@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import datetime
-import logging
-import os
 from typing import Any
 
-from tunewright_api import API_VERSION
-from tunewright_api.v1alpha1.finetunejob import KIND, FineTuneJob
+from tunewright_api.v1alpha1.finetunejob import FineTuneJob
 from tunewright_api.v1alpha1.status import FineTuneJobStatus
 from tunewright_operator import kube, metrics, naming
-from tunewright_operator.constants import OPERATOR_NAME
-from tunewright_operator.errors import ApiError, ApiUnreachable, Conflict, Forbidden, Invalid, NotFound, RunTooLarge
+from tunewright_operator.errors import Conflict, Forbidden, Invalid, NotFound, RunTooLarge
 from tunewright_operator.kube import Kube
 from tunewright_operator.observed import ObservedJob, Refusal, parse_job
 from tunewright_operator.plan import build_job
 from tunewright_operator.settings import Settings
-from tunewright_operator.status import CreateJob, DeleteJobs, TransitionEvent
+from tunewright_operator.status import CreateJob, DeleteJobs
 from tunewright_operator.store import Key, Store
-
-logger = logging.getLogger(__name__)
-
-_MAX_NOTE = 1024
-"""The API server refuses longer event messages."""
 
 
 class Applier:
@@ -33,7 +23,6 @@ class Applier:
         self._api = api
         self._store = store
         self._settings = settings
-        self._instance = os.environ.get("HOSTNAME", OPERATOR_NAME)
 
     async def create_job(self, job: FineTuneJob, action: CreateJob) -> ObservedJob | Refusal:
         """Create the Job of an attempt, or find the one that is there already."""
@@ -83,33 +72,26 @@ class Applier:
             except NotFound:
                 continue
 
-    async def write_status(self, key: Key, version: str, stored: dict[str, Any], status: FineTuneJobStatus) -> bool:
+    async def write_status(self, key: Key, document: dict[str, Any], status: FineTuneJobStatus) -> bool:
         """Write what has changed, against the version it was decided from; return whether there was anything.
 
         Raises:
             Conflict: The FineTuneJob has changed since: the pass is to be repeated from a live read.
             NotFound: It is gone.
         """
-        patch = _difference(stored, status.document())
+        new = status.document()
+        patch = _difference(document.get("status", {}), new)
         if not patch:
             return False
-        body = {"metadata": {"resourceVersion": version}, "status": patch}
+        body = {"metadata": {"resourceVersion": document["metadata"]["resourceVersion"]}, "status": patch}
         try:
-            answer = await self._api.patch_status(kube.FINETUNEJOBS, key.namespace, key.name, body)
+            version = await self._api.patch_status(kube.FINETUNEJOBS, key.namespace, key.name, body)
         except Conflict:
             self._store.entry(key).text = None
             raise
-        self._store.put_finetunejob(answer, written=True)
+        metadata = {**document["metadata"], "resourceVersion": version}
+        self._store.put_finetunejob({**document, "metadata": metadata, "status": new}, written=True)
         return True
-
-    async def post_event(self, key: Key, uid: str, event: TransitionEvent) -> None:
-        """Post an event. It is a courtesy: when the API server does not want it, a log line must do."""
-        metrics.TRANSITIONS.labels(event.reason).inc()
-        logger.info(event.message, extra={"finetunejob": str(key), "reason": event.reason, "type": event.type})
-        try:
-            await self._api.post(kube.EVENTS, key.namespace, _event(key, uid, event, self._instance))
-        except (ApiError, ApiUnreachable) as error:
-            logger.warning("event not posted", extra={"finetunejob": str(key), "error": str(error)})
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
@@ -128,27 +110,3 @@ def _replaced(old: object, new: object) -> object:
 def _place(job: FineTuneJob) -> tuple[str, str]:
     assert job.metadata.namespace is not None, "the API server sets it"
     return job.metadata.namespace, job.metadata.name
-
-
-def _event(key: Key, uid: str, event: TransitionEvent, instance: str) -> dict[str, Any]:
-    now = datetime.datetime.now(datetime.UTC)
-    return {
-        "apiVersion": "v1",
-        "kind": "Event",
-        "metadata": {"namespace": key.namespace, "generateName": f"{key.name}."},
-        "involvedObject": {
-            "apiVersion": API_VERSION,
-            "kind": KIND,
-            "namespace": key.namespace,
-            "name": key.name,
-            "uid": uid,
-        },
-        "type": event.type,
-        "reason": event.reason,
-        "action": event.action,
-        "message": event.message[:_MAX_NOTE],
-        "eventTime": now.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
-        "reportingComponent": OPERATOR_NAME,
-        "reportingInstance": instance,
-        "source": {"component": OPERATOR_NAME},
-    }

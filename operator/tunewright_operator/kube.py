@@ -89,7 +89,7 @@ class Kube:
         return _decode(await self._request("get", resource, _path(resource, namespace, name)))
 
     async def create(self, resource: Resource, namespace: str, document: Document) -> Document:
-        """Create an object."""
+        """Create an object and return its metadata, the only part that the API server can have added to."""
         return _decode(await self._request("create", resource, _path(resource, namespace), body=document))
 
     async def post(self, resource: Resource, namespace: str, document: Document) -> None:
@@ -102,11 +102,13 @@ class Kube:
             "delete", resource, _path(resource, namespace, name), body={"propagationPolicy": "Background"}
         )
 
-    async def patch_status(self, resource: Resource, namespace: str, name: str, patch: Document) -> Document:
-        """Merge a patch into the status subresource."""
+    async def patch_status(self, resource: Resource, namespace: str, name: str, patch: Document) -> str:
+        """Merge a patch into the status subresource and return the new resourceVersion."""
         group, plural = resource
         path = f"{_path(resource, namespace, name)}/status?{urlencode({'fieldManager': OPERATOR_NAME})}"
-        return _decode(await self._request("patch", (group, f"{plural}/status"), path, body=patch))
+        answer = _decode(await self._request("patch", (group, f"{plural}/status"), path, body=patch))
+        version: str = answer["metadata"]["resourceVersion"]
+        return version
 
     async def list(
         self, resource: Resource, namespace: str | None, selector: str | None = None
@@ -126,7 +128,7 @@ class Kube:
     async def _request(
         self, verb: str, resource: Resource, path: str, *, body: Document | None = None, limit: float = _REQUEST_SECONDS
     ) -> bytes:
-        headers = {"Accept": "application/json", "User-Agent": OPERATOR_NAME}
+        headers = {"Accept": _WHOLE if verb in ("get", "list") else _METADATA, "User-Agent": OPERATOR_NAME}
         if verb == "patch":
             headers["Content-Type"] = "application/merge-patch+json"
         token = await bearer_token(self.configuration)
@@ -155,6 +157,9 @@ class Kube:
         return answer
 
 
+_WHOLE = "application/json"
+# What we wrote ourselves need not be sent back to us.
+_METADATA = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1,application/json"
 _METHODS = {"get": "GET", "list": "GET", "create": "POST", "delete": "DELETE", "patch": "PATCH"}
 
 

@@ -20,6 +20,7 @@ from tunewright_operator.handlers import build_registry, build_settings
 from tunewright_operator.health import NO_OP, Health, serve
 from tunewright_operator.kube import Kube, load_configuration
 from tunewright_operator.observe import Observer
+from tunewright_operator.post import EventPoster
 from tunewright_operator.queue import WorkQueue
 from tunewright_operator.reconcile import Reconciler
 from tunewright_operator.resync import resync
@@ -29,6 +30,7 @@ from tunewright_operator.store import Key, Store
 logger = logging.getLogger(__name__)
 
 _TICK_SECONDS = 30.0
+_FLUSH_SECONDS = 3.0
 _SETTLED_SECONDS = 60.0
 """kopf's own first lists, which come right after ours, tell nothing of a gap."""
 
@@ -42,7 +44,9 @@ class Operator:
         self.api = api
         self.store = Store()
         self.observer = Observer(api, self.store, settings)
-        self.reconciler = Reconciler(self.store, self.observer, Applier(api, self.store, settings), settings)
+        self.poster = EventPoster(api)
+        applier = Applier(api, self.store, settings)
+        self.reconciler = Reconciler(self.store, self.observer, applier, self.poster, settings)
         self.queue: WorkQueue[Key] = WorkQueue(self._handle, settings.concurrency, clock=time.monotonic)
         self.health = Health(self.queue, self.store, api)
         self._started = time.monotonic()
@@ -117,6 +121,7 @@ async def _run_parts(operator: Operator, stop: asyncio.Event) -> None:
     parts = [
         asyncio.create_task(operator.keep_in_sync(), name="resync"),
         asyncio.create_task(_when_ready(operator), name="queue"),
+        asyncio.create_task(operator.poster.run(), name="events"),
     ]
     # kopf cancels all tasks that start after it has, so ours start first.
     watch = asyncio.create_task(operator.watch(stop), name="kopf")
@@ -126,6 +131,7 @@ async def _run_parts(operator: Operator, stop: asyncio.Event) -> None:
             task.result()
     finally:
         stop.set()
+        await operator.poster.flush(_FLUSH_SECONDS)
         for task in parts:
             task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -143,8 +149,10 @@ def main() -> int:
     settings = Settings()
     log.set_up(settings.log_level)
     logger.info("start", extra={"version": version("tunewright")})
-    # What is imported by now stays: the garbage collector need not look at it again.
+    # What is imported by now stays: the garbage collector need not look at it again. And a JSON document is thousands
+    # of objects, none of them garbage that only the collector finds: at every 700 objects it would run for each one.
     gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
     try:
         uvloop.run(run(settings))
     except OperatorError as error:

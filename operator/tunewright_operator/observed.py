@@ -89,6 +89,11 @@ class ObservedPod:
         return self.gone or self.phase in ("Succeeded", "Failed")
 
     @property
+    def fresh(self) -> bool:
+        """Whether nothing has happened to it since it was created."""
+        return self == ObservedPod(self.name, self.uid, self.job_uid, self.attempt, "Pending", self.created)
+
+    @property
     def image_problem(self) -> bool:
         """Whether the image cannot be pulled."""
         return self.waiting_reason in _IMAGE_PROBLEMS

@@ -15,6 +15,7 @@ from tunewright_operator.apply import Applier
 from tunewright_operator.errors import Conflict, NotFound
 from tunewright_operator.observe import Observer
 from tunewright_operator.observed import ObservedRun, Refusal, parse_time
+from tunewright_operator.post import EventPoster
 from tunewright_operator.settings import Settings
 from tunewright_operator.status import (
     CreateJob,
@@ -42,12 +43,14 @@ class Reconciler:
         store: Store,
         observer: Observer,
         applier: Applier,
+        poster: EventPoster,
         settings: Settings,
         clock: Callable[[], datetime.datetime] = utc_now,
     ) -> None:
         self._store = store
         self._observer = observer
         self._applier = applier
+        self._poster = poster
         self._settings = settings
         self._clock = clock
 
@@ -92,8 +95,7 @@ class Reconciler:
     ) -> float | None:
         metadata, status = document["metadata"], decision.status
         try:
-            stored = document.get("status", {})
-            written = await self._applier.write_status(key, metadata["resourceVersion"], stored, status)
+            written = await self._applier.write_status(key, document, status)
         except Conflict:
             # Somebody changed the FineTuneJob meanwhile: decide again from what is there now.
             return 0.0
@@ -104,7 +106,7 @@ class Reconciler:
             _measure(previous, status, seen)
             self._store.drop_pods_before(key, current_attempt(status))
             for event in transition_events(previous, status):
-                await self._applier.post_event(key, metadata["uid"], event)
+                self._poster.add(key, metadata["uid"], event)
         return decision.requeue_seconds
 
 

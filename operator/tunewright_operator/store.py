@@ -131,10 +131,10 @@ class Store:
         if entry is None or entry.finished:
             return None
         pod = parse_pod(raw, gone=gone)
-        if entry.pods.get(pod.name) == pod:
-            return None
+        known = entry.pods.get(pod.name)
         entry.pods[pod.name] = pod
-        return key
+        # A new pod that waits for the scheduler is what a Job is created for: nothing follows from it.
+        return None if pod == known or (known is None and pod.fresh) else key
 
     def drop_pods_before(self, key: Key, attempt: int) -> None:
         """Forget pods of attempts whose end is on record."""

@@ -1,0 +1,90 @@
+"""Kubernetes events, posted in the background: telling of the work never holds the work up."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import logging
+import os
+from typing import Any
+
+from tunewright_api import API_VERSION
+from tunewright_api.v1alpha1.finetunejob import KIND
+from tunewright_operator import kube, metrics
+from tunewright_operator.constants import OPERATOR_NAME
+from tunewright_operator.errors import ApiError, ApiUnreachable
+from tunewright_operator.kube import Kube
+from tunewright_operator.status import TransitionEvent
+from tunewright_operator.store import Key
+
+logger = logging.getLogger(__name__)
+
+_MAX_MESSAGE = 1024
+"""The API server refuses longer event messages."""
+_MAX_WAITING = 10_000
+"""Events in line; more than that are dropped, since nobody reads them at that rate."""
+
+
+class EventPoster:
+    """Logs transitions at once and posts them one by one, so that a burst of work goes first.
+
+    An event is a courtesy: when the API server does not want it, or the process ends, the log line and the status must
+    do. Each is tried once.
+    """
+
+    def __init__(self, api: Kube) -> None:
+        self._api = api
+        self._instance = os.environ.get("HOSTNAME", OPERATOR_NAME)
+        self._line: asyncio.Queue[tuple[Key, dict[str, Any]]] = asyncio.Queue(_MAX_WAITING)
+
+    def add(self, key: Key, uid: str, event: TransitionEvent) -> None:
+        """Tell of a transition of the FineTuneJob with this UID."""
+        metrics.TRANSITIONS.labels(event.reason).inc()
+        logger.info(event.message, extra={"finetunejob": str(key), "reason": event.reason, "type": event.type})
+        try:
+            self._line.put_nowait((key, _event(key, uid, event, self._instance)))
+        except asyncio.QueueFull:
+            logger.warning("event dropped: too many wait", extra={"finetunejob": str(key)})
+
+    async def run(self) -> None:
+        """Post until cancelled."""
+        while True:
+            key, document = await self._line.get()
+            try:
+                await self._api.post(kube.EVENTS, key.namespace, document)
+            except (ApiError, ApiUnreachable) as error:
+                logger.warning("event not posted", extra={"finetunejob": str(key), "error": str(error)})
+            finally:
+                self._line.task_done()
+
+    async def flush(self, limit_seconds: float) -> None:
+        """Wait until all events are posted, or the limit is over; `run` must be at work."""
+        try:
+            async with asyncio.timeout(limit_seconds):
+                await self._line.join()
+        except TimeoutError:
+            logger.warning("events lost at the end", extra={"count": self._line.qsize()})
+
+
+def _event(key: Key, uid: str, event: TransitionEvent, instance: str) -> dict[str, Any]:
+    now = datetime.datetime.now(datetime.UTC)
+    return {
+        "apiVersion": "v1",
+        "kind": "Event",
+        "metadata": {"namespace": key.namespace, "generateName": f"{key.name}."},
+        "involvedObject": {
+            "apiVersion": API_VERSION,
+            "kind": KIND,
+            "namespace": key.namespace,
+            "name": key.name,
+            "uid": uid,
+        },
+        "type": event.type,
+        "reason": event.reason,
+        "action": event.action,
+        "message": event.message[:_MAX_MESSAGE],
+        "eventTime": now.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+        "reportingComponent": OPERATOR_NAME,
+        "reportingInstance": instance,
+        "source": {"component": OPERATOR_NAME},
+    }
