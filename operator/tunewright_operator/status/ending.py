@@ -145,13 +145,18 @@ def _final_progress(last: Progress | None, report: RunReport, now: datetime.date
             "step": report.step,
             "total_steps": report.total_steps if report.total_steps is not None else before.total_steps,
             "percent": 100.0,
-            "loss": report.loss if report.loss is not None else before.loss,
-            "eval_loss": report.evaluation.tuned if report.evaluation else before.eval_loss,
+            "loss": _shown(report.loss if report.loss is not None else before.loss),
+            "eval_loss": _shown(report.evaluation.tuned if report.evaluation else before.eval_loss),
             "eta_seconds": 0,
             "message": None,
             "updated_at": timestamp(now),
         }
     )
+
+
+def _shown(loss: float | None) -> float | None:
+    """Round a loss for people: it is a column of `kubectl get`."""
+    return None if loss is None else round(loss, 4)
 
 
 def _restart(
