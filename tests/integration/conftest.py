@@ -271,7 +271,7 @@ def process(cluster: Cluster, proxy: Proxy, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture
-def operator(process: Operator, proxy: Proxy) -> Iterator[Operator]:
+def operator(process: Operator, proxy: Proxy) -> Operator:
     """Give the running operator; it stays for the next test."""
     proxy.refuse = lambda _: None
     if process.process is None:

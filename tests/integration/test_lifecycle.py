@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from typing import Any
 
 import pytest
 
 from tests.integration.conftest import Api, Operator, add_namespace, container, finetunejob, wait
 from tests.integration.proxy import Proxy
 
-REPORT = {
+REPORT: dict[str, Any] = {
     "version": 1,
     "exitCode": 0,
     "reason": "Succeeded",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import (
@@ -20,15 +22,14 @@ from transformers import (
 )
 
 from tunewright_api.defaults import ResolvedLoRA
-from tunewright_api.v1alpha1.parts import TargetPreset
 from tunewright_trainer.lora import linear_layers, lora_config
 from tunewright_trainer.targets import resolve_preset
 
-SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
-LLAMA_LIKE = {**SMALL, "intermediate_size": 64, "num_key_value_heads": 1}
+SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
+LLAMA_LIKE: dict[str, Any] = {**SMALL, "intermediate_size": 64, "num_key_value_heads": 1}
 ATTENTION = ["k_proj", "o_proj", "q_proj", "v_proj"]
 ALL = sorted([*ATTENTION, "down_proj", "gate_proj", "up_proj"])
-CASES: dict[str, tuple[PretrainedConfig, dict[TargetPreset, list[str]]]] = {
+CASES: dict[str, tuple[PretrainedConfig, dict[Any, list[str]]]] = {
     name: (config, {"AllLinear": ALL, "Attention": ATTENTION, "QueryValue": ["q_proj", "v_proj"]})
     for name, config in {
         "llama": LlamaConfig(**LLAMA_LIKE),

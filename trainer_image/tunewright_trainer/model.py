@@ -6,7 +6,7 @@ import resource
 from pathlib import Path
 
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn.modules import Linear4bit
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,

@@ -19,7 +19,7 @@ from tunewright_operator.settings import Settings
 
 GOLDEN = Path(__file__).parent / "golden"
 
-EVERYTHING = {
+EVERYTHING: dict[str, Any] = {
     "model": {"uri": "pvc://models/llama"},
     "dataset": {"train": [{"uri": "pvc://data.set/train.jsonl"}], "validation": [{"uri": "s3://datasets/v.jsonl"}]},
     "output": {"uri": "pvc://data.set/out"},

@@ -66,6 +66,7 @@ async def test_a_key_added_while_it_runs_comes_again(clock: Clock) -> None:
     """News during a pass lead to another pass afterwards, never to two at once."""
     running, most = 0, 0
     calls: list[str] = []
+    queue: WorkQueue[str]
 
     async def handler(key: str) -> None:
         nonlocal running, most
@@ -78,7 +79,7 @@ async def test_a_key_added_while_it_runs_comes_again(clock: Clock) -> None:
         await asyncio.sleep(0)
         running -= 1
 
-    queue: WorkQueue[str] = WorkQueue(handler, 2, clock=clock)
+    queue = WorkQueue(handler, 2, clock=clock)
     queue.add("a")
     task = asyncio.create_task(queue.run())
     await asyncio.sleep(0.05)
