@@ -14,8 +14,7 @@ import boto3
 import yaml
 from botocore.config import Config
 
-from tests import cluster
-from tests.cluster import images, model, paths
+from tests.cluster import Cluster, model, paths, provider
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -34,7 +33,7 @@ Say = Callable[[str], None]
 class Platform:
     """What a platform team would run: a cluster, an S3 service, the operator from its chart."""
 
-    cluster: cluster.Cluster
+    cluster: Cluster
     endpoint: str
     """S3 address that pods and this machine reach."""
     access_key: str
@@ -102,19 +101,16 @@ class Platform:
 
 
 def bring_up(say: Say) -> Platform:
-    """Start (or find) the embedded cluster with S3 server, models, data sets and the installed operator."""
-    say("cluster: etcd, API server, controller-manager, scheduler, containerd, kubelet, kube-proxy")
-    running = cluster.up("full")
-    assert running.s3 is not None
-    assert running.registry is not None, "the full profile has an S3 server and a registry"
+    """Start (or find) a cluster with S3 server, models, data sets and the installed operator."""
+    say("a cluster, and the images of operator and trainer")
+    provided = provider.provide()
+    running = provided.cluster
+    assert running.s3 is not None, "every provider brings an S3 server"
     platform = Platform(running, running.s3.endpoint, running.s3.access_key, running.s3.secret_key)
-    say("images: operator and trainer")
-    operator_image = images.push(images.build_operator_image(), running.registry)
-    trainer_image = images.push(images.build_trainer_image(), running.registry)
     say("S3: base models and data sets")
     fill_buckets(platform)
     say("helm: charts/tunewright")
-    install_operator(platform, operator_image, trainer_image)
+    install_operator(platform, provided.operator_image, provided.trainer_image)
     return platform
 
 

@@ -50,6 +50,12 @@ def build_trainer_image() -> str:
     return _build("tunewright-trainer", "trainer_image/Dockerfile")
 
 
+def content_tag(dockerfile: str) -> str:
+    """Returns the tag of an image for the code as it is: a digest of everything that goes into it."""
+    with _locked():
+        return _digest(_copy_inputs(dockerfile))
+
+
 def build_pause_image(program: Path) -> str:
     """Returns the name of an image with nothing but `program`, which holds a pod's namespaces."""
     image = f"localhost/tunewright-pause:{hashlib.sha256(program.read_bytes()).hexdigest()[:16]}"
