@@ -52,7 +52,7 @@ def build_trainer_image() -> str:
 
 def content_tag(dockerfile: str) -> str:
     """Returns the tag of an image for the code as it is: a digest of everything that goes into it."""
-    with _locked():
+    with paths.locked(paths.cache() / "images.lock"):
         return _digest(_copy_inputs(dockerfile))
 
 
