@@ -80,5 +80,5 @@ bench-trainer: venv ## Measure the trainer against a plain TRL script
 	$(BIN)/python -m bench.trainer
 
 clean: ## Stop the embedded clusters and remove the environments
-	-$(BIN)/python -m tests.cluster down --all
+	-$(BIN)/python -m tests.cluster down
 	rm -rf .venv .venv-operator .mypy_cache .ruff_cache .pytest_cache
