@@ -113,6 +113,11 @@ def finetunejob_crd() -> dict[str, Any]:
     conditions = status["properties"]["conditions"]
     conditions["x-kubernetes-list-type"] = "map"
     conditions["x-kubernetes-list-map-keys"] = ["type"]
+    for part in status["properties"].values():
+        if part["type"] == "object":
+            # Written whole by one writer: nobody needs to know who owns which field of it, and on every write the API
+            # server would work it out.
+            part["x-kubernetes-map-type"] = "atomic"
     schema = {
         "type": "object",
         "description": "A fine-tuning run.",
