@@ -108,6 +108,7 @@ def _build(name: str, dockerfile: str) -> str:
             return image
         # What a build that was killed has left; all containers in this storage are ours, and no other build runs.
         _buildah("rm", "--all")
+        shutil.rmtree(_scratch())
         _ensure_base_image()
         started = time.monotonic()
         print(f"building {image}", file=sys.stderr, flush=True)
@@ -237,8 +238,15 @@ def _run_buildah(*arguments: str) -> subprocess.CompletedProcess[str]:
     # A mount namespace of its own, so that no mount is left on the machine, even by a build that is killed.
     isolated = ["unshare", "--mount", "--propagation=private"] if os.geteuid() == 0 else []
     command = [*isolated, "buildah", f"--root={storage / 'storage'}", f"--runroot={storage / 'run'}", *arguments]
-    environment = {**os.environ, "BUILDAH_ISOLATION": "chroot", "TMPDIR": str(storage)}
+    environment = {**os.environ, "BUILDAH_ISOLATION": "chroot", "TMPDIR": str(_scratch())}
     return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def _scratch() -> Path:
+    """Returns where buildah unpacks; what a killed build left there, gigabytes at times, `_build` removes."""
+    folder = _storage() / "scratch"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def _storage() -> Path:
