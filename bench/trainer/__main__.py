@@ -34,10 +34,13 @@ def main() -> int:
     """Run the benchmark, print its table, and write results.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5, help="runs of each kind")
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps per run")
-    parser.add_argument("--batch", type=int, default=4, help="rows per step")
+    parser.add_argument("--steps", type=int, default=6, help="optimizer steps per run")
+    parser.add_argument("--batch", type=int, default=2, help="rows per step")
     parser.add_argument("--tokens", type=int, default=128, help="tokens a row is cut to")
+    # One thread: with more, a step also measures how threads wait for each other on a machine that does other work.
+    parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch, in both")
     given = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(given.threads)
     model = smollm2()
     ours: list[Numbers] = []
     plain: list[Numbers] = []
