@@ -44,10 +44,12 @@ class Operator:
         self.api = api
         self.store = Store()
         self.observer = Observer(api, self.store, settings)
-        self.poster = EventPoster(api)
+        self.poster = EventPoster(api, lambda: self.queue.depth > 0)
         applier = Applier(api, self.store, settings)
-        self.reconciler = Reconciler(self.store, self.observer, applier, self.poster, settings)
         self.queue: WorkQueue[Key] = WorkQueue(self._handle, settings.concurrency, clock=time.monotonic)
+        self.reconciler = Reconciler(
+            self.store, self.observer, applier, self.poster, settings, lambda: self.queue.has_urgent
+        )
         self.health = Health(self.queue, self.store, api)
         self._started = time.monotonic()
         self._gap = False
@@ -59,6 +61,11 @@ class Operator:
             return None
         return await self.reconciler.reconcile(key)
 
+    def add(self, key: Key) -> None:
+        """Put a key in line; FineTuneJobs that have no Job yet go first: users wait for GPUs, not for statuses."""
+        entry = self.store.find(key)
+        self.queue.add(key, urgent=entry is not None and entry.is_new)
+
     def relisted(self) -> None:
         """Note that a watch has listed anew: what was deleted in between was not told."""
         if time.monotonic() - self._started > _SETTLED_SECONDS:
@@ -69,7 +76,7 @@ class Operator:
         while True:
             self._gap = False
             began = time.monotonic()
-            count = await resync(self.api, self.store, self.settings.watch_namespaces, self.queue.add)
+            count = await resync(self.api, self.store, self.settings.watch_namespaces, self.add)
             self.health.ready = True
             self.listed.set()
             logger.info("listed", extra={"finetunejobs": count, "seconds": round(time.monotonic() - began, 3)})
@@ -86,7 +93,7 @@ class Operator:
             Exception: A watch got an answer that nobody can go on from; the process ends and is started anew.
         """
         await kopf.operator(
-            registry=build_registry(self.store, self.queue.add, self.relisted, self.api.configuration),
+            registry=build_registry(self.store, self.add, self.relisted, self.api.configuration),
             settings=build_settings(),
             standalone=True,
             # Nobody reads it without peering; left to kopf, it asks for the user's name, which a container has not.

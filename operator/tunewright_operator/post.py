@@ -6,6 +6,8 @@ import asyncio
 import datetime
 import logging
 import os
+import time
+from collections.abc import Callable
 from typing import Any
 
 from tunewright_api import API_VERSION
@@ -21,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 _MAX_MESSAGE = 1024
 """The API server refuses longer event messages."""
+_MAX_DELAY_SECONDS = 15.0
+"""How long an event waits for the end of a burst of work."""
+_LOOK_SECONDS = 0.1
 _MAX_WAITING = 10_000
 """Events in line; more than that are dropped, since nobody reads them at that rate."""
 
@@ -32,30 +37,40 @@ class EventPoster:
     do. Each is tried once.
     """
 
-    def __init__(self, api: Kube) -> None:
+    def __init__(self, api: Kube, busy: Callable[[], bool]) -> None:
+        """Prepare; `busy` tells whether there is work that an event would compete with."""
         self._api = api
+        self._busy = busy
         self._instance = os.environ.get("HOSTNAME", OPERATOR_NAME)
-        self._line: asyncio.Queue[tuple[Key, dict[str, Any]]] = asyncio.Queue(_MAX_WAITING)
+        self._line: asyncio.Queue[tuple[float, Key, dict[str, Any]]] = asyncio.Queue(_MAX_WAITING)
 
     def add(self, key: Key, uid: str, event: TransitionEvent) -> None:
         """Tell of a transition of the FineTuneJob with this UID."""
         metrics.TRANSITIONS.labels(event.reason).inc()
         logger.info(event.message, extra={"finetunejob": str(key), "reason": event.reason, "type": event.type})
         try:
-            self._line.put_nowait((key, _event(key, uid, event, self._instance)))
+            self._line.put_nowait((time.monotonic(), key, _event(key, uid, event, self._instance)))
         except asyncio.QueueFull:
             logger.warning("event dropped: too many wait", extra={"finetunejob": str(key)})
 
     async def run(self) -> None:
         """Post until cancelled."""
         while True:
-            key, document = await self._line.get()
+            added, key, document = await self._line.get()
+            await self._quiet(added + _MAX_DELAY_SECONDS)
             try:
                 await self._api.post(kube.EVENTS, key.namespace, document)
             except (ApiError, ApiUnreachable) as error:
                 logger.warning("event not posted", extra={"finetunejob": str(key), "error": str(error)})
             finally:
                 self._line.task_done()
+
+    async def _quiet(self, deadline: float) -> None:
+        """Return when there is no work in line, or the deadline is over."""
+        for _ in range(int(_MAX_DELAY_SECONDS / _LOOK_SECONDS)):
+            if not self._busy() or time.monotonic() >= deadline:
+                return
+            await asyncio.sleep(_LOOK_SECONDS)
 
     async def flush(self, limit_seconds: float) -> None:
         """Wait until all events are posted, or the limit is over; `run` must be at work."""

@@ -18,6 +18,7 @@ K = TypeVar("K", bound=Hashable)
 
 _FIRST_BACKOFF_SECONDS = 1.0
 _MAX_BACKOFF_SECONDS = 300.0
+_TURN_OF_OTHERS = 8
 
 
 class WorkQueue(Generic[K]):
@@ -43,6 +44,9 @@ class WorkQueue(Generic[K]):
         self._jitter = jitter
         self._line: dict[K, float] = {}
         """Keys that wait, in order, with the time they came."""
+        self._urgent: dict[K, float] = {}
+        """Keys that go first, likewise."""
+        self._taken = 0
         self._running: dict[K, float] = {}
         self._again: set[K] = set()
         self._failures: dict[K, int] = {}
@@ -53,15 +57,31 @@ class WorkQueue(Generic[K]):
         self._wake_worker = asyncio.Event()
         self._wake_timer = asyncio.Event()
 
-    def add(self, key: K) -> None:
-        """Put a key in line at once; a timer for it is dropped, because the handler will set a new one."""
+    def add(self, key: K, *, urgent: bool = False) -> None:
+        """Put a key in line at once; a timer for it is dropped, because the handler will set a new one.
+
+        Urgent keys go before the others, but every eighth turn is the others': neither kind can starve.
+        """
         self._due.pop(key, None)
         if key in self._running:
             self._again.add(key)
-        elif key not in self._line:
-            self._line[key] = self._clock()
-            self._wake_worker.set()
-            metrics.QUEUE_DEPTH.set(len(self._line))
+            return
+        if key in self._urgent or (key in self._line and not urgent):
+            return
+        line = self._urgent if urgent else self._line
+        line[key] = self._line.pop(key, self._clock())
+        self._wake_worker.set()
+        metrics.QUEUE_DEPTH.set(self.depth)
+
+    @property
+    def depth(self) -> int:
+        """Number of keys in line."""
+        return len(self._line) + len(self._urgent)
+
+    @property
+    def has_urgent(self) -> bool:
+        """Whether a key that goes first is in line."""
+        return bool(self._urgent)
 
     def add_after(self, key: K, seconds: float) -> None:
         """Put a key in line after some seconds, unless it gets there earlier."""
@@ -82,7 +102,11 @@ class WorkQueue(Generic[K]):
 
     def oldest_seconds(self) -> float:
         """Return how long the longest waiting or running key has been waiting or running."""
-        times = [next(iter(self._line.values()), None), min(self._running.values(), default=None)]
+        times = [
+            min(self._urgent.values(), default=None),
+            next(iter(self._line.values()), None),
+            min(self._running.values(), default=None),
+        ]
         return max((self._clock() - time for time in times if time is not None), default=0.0)
 
     async def run(self) -> None:
@@ -95,7 +119,7 @@ class WorkQueue(Generic[K]):
     async def work_off(self) -> None:
         """Handle all keys in line, one after the other, and return (for tests)."""
         self.release_due()
-        while self._line:
+        while self.depth:
             await self._handle(self._take())
 
     def release_due(self) -> float | None:
@@ -123,15 +147,19 @@ class WorkQueue(Generic[K]):
 
     async def _run_worker(self) -> None:
         while True:
-            while not self._line:
+            while not self.depth:
                 self._wake_worker.clear()
                 await self._wake_worker.wait()
             await self._handle(self._take())
 
     def _take(self) -> K:
-        key = next(iter(self._line))
-        metrics.QUEUE_LATENCY.observe(self._clock() - self._line.pop(key))
-        metrics.QUEUE_DEPTH.set(len(self._line))
+        self._taken += 1
+        line = self._urgent
+        if not line or (self._line and self._taken % _TURN_OF_OTHERS == 0):
+            line = self._line
+        key = next(iter(line))
+        metrics.QUEUE_LATENCY.observe(self._clock() - line.pop(key))
+        metrics.QUEUE_DEPTH.set(self.depth)
         self._running[key] = self._clock()
         return key
 

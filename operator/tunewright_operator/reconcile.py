@@ -45,13 +45,16 @@ class Reconciler:
         applier: Applier,
         poster: EventPoster,
         settings: Settings,
+        hurried: Callable[[], bool],
         clock: Callable[[], datetime.datetime] = utc_now,
     ) -> None:
+        """Put the parts together; `hurried` tells whether FineTuneJobs without a Job wait for a worker."""
         self._store = store
         self._observer = observer
         self._applier = applier
         self._poster = poster
         self._settings = settings
+        self._hurried = hurried
         self._clock = clock
 
     async def reconcile(self, key: Key) -> float | None:
@@ -77,6 +80,9 @@ class Reconciler:
             match decision.action:
                 case CreateJob() as action:
                     created = await self._applier.create_job(job, action)
+                    if not isinstance(created, Refusal) and self._hurried():
+                        # Others still wait for their Jobs: the status is written on a second turn, as after a crash.
+                        return 0.0
                     seen = (
                         replace(seen, refusal=created) if isinstance(created, Refusal) else replace(seen, job=created)
                     )

@@ -50,6 +50,11 @@ class Entry:
     awaited: tuple[int, float] | None = None
     """Version that we wrote and the watch has not shown yet, and when."""
 
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing has been done for it yet."""
+        return not self.finished and not self.phase and not self.jobs
+
 
 class Store:
     """Entries by key."""

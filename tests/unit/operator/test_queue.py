@@ -62,6 +62,20 @@ async def test_a_key_is_in_line_once(queue: WorkQueue[str], recorder: Recorder) 
     assert recorder.calls == ["a", "b"]
 
 
+async def test_urgent_keys_go_first(queue: WorkQueue[str], recorder: Recorder) -> None:
+    """They overtake the others, also one that waits already, but every eighth turn is the others'."""
+    for key in ("x", "y", "z"):
+        queue.add(key)
+    queue.add("z", urgent=True)
+    for number in range(8):
+        queue.add(str(number), urgent=True)
+    queue.add("0")
+    assert queue.has_urgent
+    await queue.work_off()
+    assert recorder.calls == ["z", *"012345", "x", "6", "7", "y"]
+    assert not queue.has_urgent
+
+
 async def test_a_key_added_while_it_runs_comes_again(clock: Clock) -> None:
     """News during a pass lead to another pass afterwards, never to two at once."""
     running, most = 0, 0
