@@ -22,6 +22,7 @@ import json
 import os
 import platform
 import signal
+import ssl
 import sys
 import time
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ import psutil
 from kubernetes.aio import client, config
 
 from tests.cluster import Cluster, down, ports, processes, up
-from tests.operator_process import grant, kubeconfig_of
+from tests.operator_process import grant, kubeconfig_of, kubectl
 from tunewright_operator import kube
 from tunewright_operator.kube import Kube
 
@@ -175,12 +176,12 @@ class Operator:
 async def watch(api: Kube, resource: kube.Resource, seen: Seen) -> None:
     """Follow a resource of the namespace and note times."""
     path = f"{resource[0]}/namespaces/{NAMESPACE}/{resource[1]}?watch=true"
-    session_arguments = {"ssl": api._client.rest_client.ssl_context}
+    tls: ssl.SSLContext = api._client.rest_client.ssl_context
     timeout = aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(timeout=timeout, read_bufsize=2**21) as session:
         # The API server ends a watch whose reader falls behind; a new one begins with all that is there.
         while True:
-            async with session.get(f"{api.configuration.host}/{path}", **session_arguments) as response:
+            async with session.get(f"{api.configuration.host}/{path}", ssl=tls) as response:
                 async for line in response.content:
                     note(resource, json.loads(line)["object"], seen)
 
@@ -276,9 +277,11 @@ def signal_controller_manager(cluster: Cluster, number: signal.Signals) -> None:
 async def measure(count: int, cluster: Cluster, folder: Path, *, with_pods: bool) -> dict[str, Any]:
     """Run one size on a fresh cluster; `with_pods`: pods are made while Jobs are, not afterwards."""
     configuration = client.Configuration()
-    await config.load_kube_config(str(cluster.kubeconfig), client_configuration=configuration)
+    await config.load_kube_config(  # type: ignore[no-untyped-call]
+        str(cluster.kubeconfig), client_configuration=configuration
+    )
     async with Kube(configuration, WRITERS) as api:
-        await api.create(("api/v1", "namespaces"), None, {"metadata": {"name": NAMESPACE}})  # type: ignore[arg-type]
+        kubectl(cluster, "create", "namespace", NAMESPACE)
         operator = Operator(kubeconfig_of(cluster, folder), folder / "operator.log")
         await operator.start()
         seen = Seen()
@@ -293,7 +296,7 @@ async def measure(count: int, cluster: Cluster, folder: Path, *, with_pods: bool
             name = f"single-{number}"
             seen.created[name] = time.monotonic()
             await api.create(kube.FINETUNEJOBS, NAMESPACE, finetunejob(name))
-            await until(lambda name=name: name in seen.job, 30, "single Job")  # type: ignore[misc]
+            await until(lambda name=name: name in seen.job, 30, "single Job")
             single.append(seen.job[name] - seen.created[name])
         row["single_create_p95_seconds"] = round(percentile(single, 0.95), 3)
         await asyncio.sleep(3)
