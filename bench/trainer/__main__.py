@@ -118,7 +118,7 @@ def last_line(process: subprocess.CompletedProcess[str]) -> Numbers:
 
 def steady(numbers: Numbers) -> float:
     """Return the median step time without the first step, which warms caches up."""
-    return statistics.median(numbers["step_seconds"][1:])
+    return float(statistics.median(numbers["step_seconds"][1:]))
 
 
 def summarise(ours: list[Numbers], plain: list[Numbers], given: argparse.Namespace) -> Numbers:
@@ -162,7 +162,7 @@ def row(name: str, runs: list[Numbers]) -> Numbers:
 
 def fastest_steps(runs: list[Numbers]) -> float:
     """Return the sum over all steps but the first of each step's fastest time."""
-    return sum(min(times) for times in list(zip(*(run["step_seconds"] for run in runs), strict=True))[1:])
+    return float(sum(min(times) for times in list(zip(*(run["step_seconds"] for run in runs), strict=True))[1:]))
 
 
 def event_cost(count: int = 1000) -> float:
