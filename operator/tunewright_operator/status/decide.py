@@ -216,7 +216,7 @@ def _live(
             ended = ending.end_attempt(status, verdict.judge_lost_node(pod), pod, spec, settings, now)
             return Decision(ended, _delete(job), _after(ended, now).requeue_seconds)
         return Decision(status, requeue_seconds=lost_in)
-    if pod is not None and pod.terminal:
+    if pod is not None and (pod.terminal or pod.exit_code is not None):
         # The Job controller says so within a second or two, and its event brings us back.
         return Decision(status)
     if pod is not None and pod.running:
