@@ -93,9 +93,9 @@ def build_settings() -> kopf.OperatorSettings:
     settings.watching.connect_timeout = 30
     settings.networking.request_timeout = 30
     # Lists come in pages, and kopf forgets an object soon after its event: 5,000 raw objects would be 200 MB. Events of
-    # one object come in bursts of a second, for which one worker is enough.
-    settings.watching.chunk_size = 200
-    settings.queueing.idle_timeout = 1.0
+    # one object come in bursts, for which one worker is enough.
+    settings.watching.chunk_size = 100
+    settings.queueing.idle_timeout = 0.2
     for resource in (("batch", "v1", "jobs"), ("", "v1", "pods")):
         settings.watching.label_selectors[resource] = LABEL_FINETUNEJOB
     return settings

@@ -24,7 +24,7 @@ Document = dict[str, Any]
 
 _REQUEST_SECONDS = 30.0
 _LIST_SECONDS = 120.0
-_PAGE = 500
+_PAGE = 200
 
 FINETUNEJOBS = "apis/tunewright.dev/v1alpha1", "finetunejobs"
 JOBS = "apis/batch/v1", "jobs"
