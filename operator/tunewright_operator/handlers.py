@@ -38,7 +38,8 @@ def build_registry(
         metrics.WATCH_EVENTS.labels("finetunejobs").inc()
         raw: Any = event["object"]
         if event["type"] == "DELETED":
-            add(store.drop_finetunejob(raw))
+            # What it owns is the garbage collector's.
+            store.drop_finetunejob(raw)
             return
         _note(event, store.put_finetunejob(raw))
 

@@ -45,7 +45,6 @@ class ObservedJob:
     created: str
     deleting: bool = False
     finished: Literal["Complete", "Failed"] | None = None
-    finished_at: str | None = None
     message: str = ""
 
 
@@ -156,7 +155,6 @@ def parse_job(raw: Raw) -> ObservedJob:
         created=metadata["creationTimestamp"],
         deleting="deletionTimestamp" in metadata,
         finished=finished["type"] if finished else None,
-        finished_at=finished.get("lastTransitionTime") if finished else None,
         message=finished.get("message", "") if finished else "",
     )
 

@@ -95,11 +95,6 @@ class WorkQueue(Generic[K]):
         heapq.heappush(self._heap, (due, next(self._order), key))
         self._wake_timer.set()
 
-    def forget(self, key: K) -> None:
-        """Drop timer and failures of a key whose object is gone."""
-        self._due.pop(key, None)
-        self._failures.pop(key, None)
-
     def oldest_seconds(self) -> float:
         """Return how long the longest waiting or running key has been waiting or running."""
         times = [

@@ -107,11 +107,9 @@ class Store:
             entry.text = json.dumps(_trimmed(raw), separators=(",", ":"))
         return key
 
-    def drop_finetunejob(self, raw: Raw) -> Key:
+    def drop_finetunejob(self, raw: Raw) -> None:
         """Forget a deleted FineTuneJob."""
-        key = Key(raw["metadata"]["namespace"], raw["metadata"]["name"])
-        self.forget(key)
-        return key
+        self.forget(Key(raw["metadata"]["namespace"], raw["metadata"]["name"]))
 
     def put_job(self, raw: Raw, *, gone: bool = False) -> Key | None:
         """Take over a Job, or its removal; return the key when it is news."""

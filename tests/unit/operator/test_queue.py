@@ -175,15 +175,6 @@ async def test_the_earlier_timer_counts(queue: WorkQueue[str], recorder: Recorde
     assert recorder.calls == ["a"]
 
 
-async def test_forgotten_keys_do_not_come_back(queue: WorkQueue[str], recorder: Recorder, clock: Clock) -> None:
-    """The timer of a key whose object is gone is dropped."""
-    queue.add_after("a", 10)
-    queue.forget("a")
-    clock.now += 10
-    await queue.work_off()
-    assert recorder.calls == []
-
-
 async def test_timers_run(recorder: Recorder) -> None:
     """With the real clock, a key with a timer reaches a worker, also when a later one was set first."""
     loop = asyncio.get_running_loop()
