@@ -233,9 +233,9 @@ class Operator:
 
 
 @pytest.fixture(scope="session")
-def cluster(worker_id: str) -> Iterator[Cluster]:
-    """Give a control plane with the CRD and the operator's account; one per test process."""
-    name = f"integration-{worker_id}"
+def cluster() -> Iterator[Cluster]:
+    """Give a control plane with the CRD and the operator's account, one per process: none ends another's."""
+    name = f"integration-{os.getpid()}"
     running = clusters.up("control-plane", name=name)
     grant(running)
     yield running
