@@ -19,7 +19,7 @@ Report = Callable[[BaseModel], None]
 class ProgressCallback(TrainerCallback):
     """Report every optimizer step and every evaluation, and end a run whose loss is no number.
 
-    A report is one appended line: about 60 microseconds (bench/trainer), so it needs no thread of its own.
+    A report is one appended line, some tens of microseconds (bench/trainer), so it needs no thread of its own.
     """
 
     def __init__(self, report: Report, clock: Callable[[], float] = time.monotonic) -> None:
