@@ -42,7 +42,7 @@ from tunewright_operator.kube import Kube
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results.json"
 NAMESPACE = "bench"
-CLUSTER = "bench-controlplane"
+CLUSTER = f"bench-{os.getpid()}"
 WRITERS = 32
 
 # Kubeflow Trainer 2.3 with JobSet, and a 50-line prototype on kopf, on an idle machine of the same kind.
