@@ -162,7 +162,9 @@ def train_and_save(setup: Setup, report: Report) -> Trained:
     loss = trainer.train().training_loss
     seconds = time.monotonic() - began
     if not setup.trains_adapter:
-        trainer.model.to(setup.result_dtype)
+        # Weights only, as they are saved: buffers such as rotary frequencies stay in float32 when a model is loaded.
+        for weight in trainer.model.parameters():
+            weight.data = weight.data.to(setup.result_dtype)
     if setup.validation is not None and not is_evaluated(trainer, setup):
         trainer.evaluate()
 
