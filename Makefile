@@ -29,6 +29,7 @@ venv: .venv/.installed ## Install everything into .venv with the pinned versions
 generate: venv ## Write the generated files: CRDs, chart template, reference page
 	$(BIN)/python -m tunewright_api.crd --write
 	$(BIN)/python -m tunewright_api.reference --write
+	$(BIN)/python -m tunewright_operator.reference --write
 
 check: venv ## Lint, types, import contracts, generated files
 	$(BIN)/ruff check .
@@ -37,6 +38,7 @@ check: venv ## Lint, types, import contracts, generated files
 	$(BIN)/lint-imports
 	$(BIN)/python -m tunewright_api.crd --check
 	$(BIN)/python -m tunewright_api.reference --check
+	$(BIN)/python -m tunewright_operator.reference --check
 	test ! -e operator/__init__.py -a ! -e trainer_image/__init__.py
 
 unit: venv ## Unit tests (seconds, no network, no cluster)
