@@ -67,6 +67,7 @@ class S3Server:
         server = cls(endpoint=f"http://{address}:{chosen}", process=process)
         try:
             wait_ready(server.endpoint, log, alive=lambda: process.poll() is None)
+        # An interrupt too: nobody else knows of the process.
         except BaseException:
             server.stop()
             raise

@@ -86,6 +86,7 @@ def read_run(environment: Mapping[str, str]) -> TrainRun:
 if __name__ == "__main__":
     try:
         code = main()
+    # The exit code decides on a retry, so nothing may end the process with one of Python's own.
     except BaseException:
         traceback.print_exc()
         code = int(ExitCode.INTERNAL_ERROR)

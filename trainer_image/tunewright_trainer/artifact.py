@@ -45,6 +45,7 @@ def download_artifact(uri: str, target: Path, storage: Storage, advance: Advance
         storage.download([_item(storage, folder, prefix, file, target) for file in files], advance)
         for file in files:
             _verify(folder, file, target / file.path.removeprefix(prefix))
+    # An interrupt too: files that were not verified must not stay.
     except BaseException:
         shutil.rmtree(target)
         raise

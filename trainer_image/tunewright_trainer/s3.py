@@ -171,6 +171,7 @@ class S3:
                         output.write(chunk)
                         received += len(chunk)
                         advance(len(chunk))
+            # Whatever ended the part, it starts over: its bytes no longer count as progress.
             except BaseException:
                 advance(-received)
                 raise

@@ -37,6 +37,7 @@ def main() -> int:
     try:
         import_stack()
         return run_task(work, wait_for_task(work))
+    # Whatever our own fault is, the supervisor gets an event and the log a traceback.
     except Exception as error:
         traceback.print_exc()
         return fail(work, ExitCode.INTERNAL_ERROR, OUTCOMES[ExitCode.INTERNAL_ERROR].reason, describe(error))
