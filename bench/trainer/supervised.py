@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import time
 from pathlib import Path
@@ -37,11 +36,17 @@ def main() -> int:
         "exit_code": report.exit_code,
         "message": report.message,
         "worker_start_seconds": worker_started[0] - psutil.Process(os.getpid()).create_time(),
-        "supervisor_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "supervisor_peak_bytes": peak_bytes(),
         "seconds": time.time() - psutil.Process().create_time(),
     }
     print(json.dumps(numbers))
     return report.exit_code
+
+
+def peak_bytes() -> int:
+    """Return the peak of this process's resident memory; getrusage would count the parent's at the fork as well."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 if __name__ == "__main__":
