@@ -34,37 +34,22 @@ import aiohttp
 import psutil
 from kubernetes.aio import client, config
 
-from tests.cluster import Cluster, down, ports, processes, up
+from bench.controlplane.objects import NAMESPACE, finetunejob, job_status, pod_status
+from bench.controlplane.process import Operator
+from tests.cluster import Cluster, down, processes, up
 from tests.operator_process import grant, kubeconfig_of, kubectl
 from tunewright_operator import kube
 from tunewright_operator.kube import Kube
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results.json"
-NAMESPACE = "bench"
 CLUSTER = f"bench-{os.getpid()}"
 WRITERS = 32
+SINGLES = 20
+Row = dict[str, Any]
 
 # Kubeflow Trainer 2.3 with JobSet, and a 50-line prototype on kopf, on an idle machine of the same kind.
 PEER = {"jobs_per_second": 33.0, "create_p95_seconds": 25.0, "requests_per_job": 9.3, "completions_per_second": 50.0}
-
-REPORT = {
-    "version": 1,
-    "exitCode": 0,
-    "reason": "Succeeded",
-    "message": "",
-    "stage": "Finished",
-    "step": 10,
-    "totalSteps": 10,
-    "runKey": "0123456789abcdef",
-    "loss": 1.5,
-    "output": {
-        "uri": "s3://models/bench/0123456789abcdef/01234567/adapter",
-        "manifestUri": "s3://models/bench/0123456789abcdef/manifest.json",
-        "digest": "sha256:" + "0" * 64,
-        "sizeBytes": 1000,
-    },
-}
 
 
 @dataclass
@@ -78,99 +63,6 @@ class Seen:
     pods: dict[str, str] = field(default_factory=dict)
     """Pod by FineTuneJob."""
     jobs_created: int = 0
-
-
-def finetunejob(name: str) -> dict[str, Any]:
-    """Return a FineTuneJob as users write it."""
-    return {
-        "apiVersion": "tunewright.dev/v1alpha1",
-        "kind": "FineTuneJob",
-        "metadata": {"name": name, "namespace": NAMESPACE},
-        "spec": {
-            "model": {"uri": "hf://HuggingFaceTB/SmolLM2-135M-Instruct"},
-            "dataset": {"train": [{"uri": "s3://datasets/support/train.jsonl"}], "validationFraction": 0.1},
-            "method": {"type": "LoRA"},
-            "output": {"uri": f"s3://models/{name}"},
-            "storage": {"secretName": "s3-credentials"},
-        },
-    }
-
-
-class Operator:
-    """The operator's process."""
-
-    def __init__(self, kubeconfig: Path, log: Path) -> None:
-        self._kubeconfig = kubeconfig
-        self._log = log
-        self.port = ports.free(1)[0]
-
-    async def start(self) -> None:
-        """Start and wait until the first list is done."""
-        variables = {**os.environ, "KUBECONFIG": str(self._kubeconfig), "TUNEWRIGHT_PORT": str(self.port)}
-        with self._log.open("ab") as log:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "tunewright_operator", env=variables, stdout=log, stderr=log
-            )
-        self._usage = psutil.Process(self._process.pid)
-        self.peak_rss = 0
-        async with aiohttp.ClientSession() as session:
-            while True:
-                try:
-                    async with session.get(f"http://127.0.0.1:{self.port}/readyz") as response:
-                        if response.status == 200:
-                            return
-                except aiohttp.ClientConnectionError:
-                    pass
-                await asyncio.sleep(0.05)
-
-    async def stop(self) -> None:
-        """End the process in order."""
-        self._process.send_signal(signal.SIGTERM)
-        await self._process.wait()
-
-    def cpu_seconds(self) -> float:
-        """Return the CPU time used so far."""
-        times = self._usage.cpu_times()
-        return float(times.user + times.system)
-
-    async def sample_memory(self) -> None:
-        """Note the peak of the resident memory until cancelled."""
-        while True:
-            self.peak_rss = max(self.peak_rss, self._usage.memory_info().rss)
-            await asyncio.sleep(0.1)
-
-    async def metrics(self) -> dict[str, float]:
-        """Return the operator's metrics, by name with labels."""
-        async with (
-            aiohttp.ClientSession() as session,
-            session.get(f"http://127.0.0.1:{self.port}/metrics") as response,
-        ):
-            text = await response.text()
-        lines = (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-        return {name: float(value) for name, value in lines}
-
-    def signal(self, number: signal.Signals) -> None:
-        """Stop the process, or let it go on."""
-        self._process.send_signal(number)
-
-    async def settled_requests(self) -> dict[str, float]:
-        """Return `requests` once they no longer rise: events are posted behind the work."""
-        found = await self.requests()
-        while True:
-            await asyncio.sleep(2)
-            before, found = found, await self.requests()
-            if found == before:
-                return found
-
-    async def requests(self) -> dict[str, float]:
-        """Return requests to the API server by verb and resource, without lists."""
-        found: dict[str, float] = {}
-        for name, value in (await self.metrics()).items():
-            if name.startswith("tunewright_api_requests_total") and 'verb="list"' not in name:
-                labels = dict(part.split("=") for part in name[name.index("{") + 1 : -1].split(","))
-                key = f"{labels['verb']} {labels['resource']}".replace('"', "")
-                found[key] = found.get(key, 0) + value
-        return found
 
 
 async def watch(api: Kube, resource: kube.Resource, seen: Seen) -> None:
@@ -231,42 +123,6 @@ def percentile(values: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def pod_status(now: str) -> dict[str, Any]:
-    """Return what a kubelet says of a pod that has succeeded."""
-    ended = {"exitCode": 0, "reason": "Completed", "message": json.dumps(REPORT), "startedAt": now, "finishedAt": now}
-    return {
-        "phase": "Succeeded",
-        "conditions": [{"type": "Ready", "status": "False", "reason": "PodCompleted", "lastTransitionTime": now}],
-        "containerStatuses": [
-            {
-                "name": "trainer",
-                "image": "x",
-                "imageID": "x",
-                "ready": False,
-                "restartCount": 0,
-                "state": {"terminated": ended},
-            }
-        ],
-    }
-
-
-def job_status(now: str) -> dict[str, Any]:
-    """Return what the Job controller says of a Job that is complete."""
-    kinds = ("SuccessCriteriaMet", "Complete")
-    conditions = [
-        {"type": kind, "status": "True", "reason": "CompletionsReached", "lastTransitionTime": now} for kind in kinds
-    ]
-    return {
-        "active": 0,
-        "ready": 0,
-        "succeeded": 1,
-        "terminating": 0,
-        "completionTime": now,
-        "conditions": conditions,
-        "uncountedTerminatedPods": {},
-    }
-
-
 def signal_controller_manager(cluster: Cluster, number: signal.Signals) -> None:
     """Stop the controller manager, or let it go on."""
     for process in processes.running(cluster.kubeconfig.parent):
@@ -274,89 +130,128 @@ def signal_controller_manager(cluster: Cluster, number: signal.Signals) -> None:
             os.kill(process.pid, number)
 
 
-async def measure(count: int, cluster: Cluster, folder: Path, *, with_pods: bool) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Bench:
+    """One size on a fresh cluster, phase after phase; each returns its part of the row."""
+
+    names: list[str]
+    cluster: Cluster
+    api: Kube
+    operator: Operator
+    seen: Seen
+
+    async def submit(self, name: str) -> None:
+        """Create a FineTuneJob and note when the request began."""
+        self.seen.created[name] = time.monotonic()
+        await self.api.create(kube.FINETUNEJOBS, NAMESPACE, finetunejob(name))
+
+    async def singles(self, count: int) -> Row:
+        """Create `count` FineTuneJobs one after the other, each when the one before has its Job."""
+        waits = []
+        for number in range(count):
+            name = f"single-{number}"
+            await self.submit(name)
+            await until(lambda name=name: name in self.seen.job, 30, "single Job")
+            waits.append(self.seen.job[name] - self.seen.created[name])
+        await asyncio.sleep(3)
+        return {"single_create_p95_seconds": round(percentile(waits, 0.95), 3)}
+
+    async def creation(self, *, with_pods: bool) -> Row:
+        """Create all at once, until all have their Job."""
+        seen, cpu = self.seen, self.operator.cpu_seconds()
+        if not with_pods:
+            signal_controller_manager(self.cluster, signal.SIGSTOP)
+        began = time.monotonic()
+        await in_parallel(self.names, self.submit)
+        calls = len(self.names) / (time.monotonic() - began)
+        await until(lambda: all(n in seen.job for n in self.names), 600, "Jobs")
+        waits = [seen.job[name] - seen.created[name] for name in self.names]
+        took = max(seen.job[name] for name in self.names) - min(seen.created[name] for name in self.names)
+        used = self.operator.cpu_seconds() - cpu
+        signal_controller_manager(self.cluster, signal.SIGCONT)
+        await until(lambda: all(n in seen.pods for n in self.names), 900, "pods")
+        await asyncio.sleep(3)
+        return {
+            "create_calls_per_second": round(calls, 1),
+            "jobs_per_second": round(len(self.names) / took, 1),
+            **{f"create_p{share}_seconds": round(percentile(waits, share / 100), 3) for share in (50, 95, 99)},
+            "create_cpu_seconds": round(used, 1),
+        }
+
+    async def completion(self) -> Row:
+        """End all pods and Jobs while the operator is stopped, until all FineTuneJobs are terminal."""
+        seen, cpu = self.seen, self.operator.cpu_seconds()
+        signal_controller_manager(self.cluster, signal.SIGSTOP)
+        await in_parallel(self.names, self._end_pod)
+        await asyncio.sleep(3)
+        self.operator.signal(signal.SIGSTOP)
+        await in_parallel(self.names, self._end_job)
+        await until(lambda: all(n in seen.job_complete for n in self.names), 900, "ends of Jobs")
+        first = time.monotonic()
+        self.operator.signal(signal.SIGCONT)
+        await until(lambda: all(n in seen.terminal for n in self.names), 900, "ends")
+        signal_controller_manager(self.cluster, signal.SIGCONT)
+        lags = [seen.terminal[n] - first for n in self.names]
+        return {
+            "completions_per_second": round(len(lags) / max(lags), 1),
+            "terminal_p95_seconds": round(percentile(lags, 0.95), 3),
+            "finish_cpu_seconds": round(self.operator.cpu_seconds() - cpu, 1),
+        }
+
+    async def _end_pod(self, name: str) -> None:
+        await self.api.patch_status(kube.PODS, NAMESPACE, self.seen.pods[name], {"status": pod_status()})
+
+    async def _end_job(self, name: str) -> None:
+        await self.api.patch_status(kube.JOBS, NAMESPACE, f"{name}-train-1", {"status": job_status()})
+
+    async def restart(self) -> Row:
+        """Start the operator with everything in the cluster and wait until it has caught up."""
+        await self.operator.stop()
+        began = time.monotonic()
+        await self.operator.start()
+        async with self.operator.memory_sampled():
+            while True:
+                found = await self.operator.metrics()
+                events = found.get('tunewright_watch_events_total{resource="finetunejobs"}', 0)
+                if events >= len(self.names) and found["tunewright_workqueue_depth"] == 0:
+                    break
+                await asyncio.sleep(0.1)
+            took = time.monotonic() - began
+            await asyncio.sleep(2)
+        writes = sum(value for key, value in (await self.operator.requests()).items() if not key.startswith("get"))
+        return {
+            "restart_seconds": round(took, 1),
+            "restart_writes": int(writes),
+            "restart_peak_rss_mb": round(self.operator.peak_rss / 1e6),
+        }
+
+
+async def measure(count: int, cluster: Cluster, folder: Path, *, with_pods: bool) -> Row:
     """Run one size on a fresh cluster; `with_pods`: pods are made while Jobs are, not afterwards."""
     configuration = client.Configuration()
     await config.load_kube_config(  # type: ignore[no-untyped-call]
         str(cluster.kubeconfig), client_configuration=configuration
     )
+    names = [f"run-{number:05d}" for number in range(count)]
+    kubectl(cluster, "create", "namespace", NAMESPACE)
     async with Kube(configuration, WRITERS) as api:
-        kubectl(cluster, "create", "namespace", NAMESPACE)
-        operator = Operator(kubeconfig_of(cluster, folder), folder / "operator.log")
+        operator, seen = Operator(kubeconfig_of(cluster, folder), folder / "operator.log"), Seen()
         await operator.start()
-        seen = Seen()
         tasks = [asyncio.create_task(watch(api, r, seen)) for r in (kube.FINETUNEJOBS, kube.JOBS, kube.PODS)]
-        memory = asyncio.create_task(operator.sample_memory())
+        bench = Bench(names, cluster, api, operator, seen)
         await asyncio.sleep(1)
-        row: dict[str, Any] = {"finetunejobs": count, "pods_meanwhile": with_pods}
-        row["rss_idle_mb"] = round(operator._usage.memory_info().rss / 1e6)
-
-        single: list[float] = []
-        for number in range(20):
-            name = f"single-{number}"
-            seen.created[name] = time.monotonic()
-            await api.create(kube.FINETUNEJOBS, NAMESPACE, finetunejob(name))
-            await until(lambda name=name: name in seen.job, 30, "single Job")
-            single.append(seen.job[name] - seen.created[name])
-        row["single_create_p95_seconds"] = round(percentile(single, 0.95), 3)
-        await asyncio.sleep(3)
-
-        names = [f"run-{number:05d}" for number in range(count)]
-        before, cpu = await operator.settled_requests(), operator.cpu_seconds()
-
-        async def create(name: str) -> None:
-            seen.created[name] = time.monotonic()
-            await api.create(kube.FINETUNEJOBS, NAMESPACE, finetunejob(name))
-
-        if not with_pods:
-            signal_controller_manager(cluster, signal.SIGSTOP)
-        began = time.monotonic()
-        await in_parallel(names, create)
-        row["create_calls_per_second"] = round(count / (time.monotonic() - began), 1)
-        await until(lambda: all(n in seen.job for n in names), 600, "Jobs")
-        waits = [seen.job[name] - seen.created[name] for name in names]
-        took = max(seen.job[name] for name in names) - min(seen.created[name] for name in names)
-        row["jobs_per_second"] = round(count / took, 1)
-        for share in (50, 95, 99):
-            row[f"create_p{share}_seconds"] = round(percentile(waits, share / 100), 3)
-        row["create_cpu_seconds"] = round(operator.cpu_seconds() - cpu, 1)
-
-        signal_controller_manager(cluster, signal.SIGCONT)
-        await until(lambda: all(n in seen.pods for n in names), 900, "pods")
-        await asyncio.sleep(3)
-        cpu = operator.cpu_seconds()
-
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-        async def end_pod(name: str) -> None:
-            await api.patch_status(kube.PODS, NAMESPACE, seen.pods[name], {"status": pod_status(now)})
-
-        async def end_job(name: str) -> None:
-            await api.patch_status(kube.JOBS, NAMESPACE, f"{name}-train-1", {"status": job_status(now)})
-
-        signal_controller_manager(cluster, signal.SIGSTOP)
-        await in_parallel(names, end_pod)
-        await asyncio.sleep(3)
-        operator.signal(signal.SIGSTOP)
-        await in_parallel(names, end_job)
-        await until(lambda: all(n in seen.job_complete for n in names), 900, "ends of Jobs")
-        first = time.monotonic()
-        operator.signal(signal.SIGCONT)
-        await until(lambda: all(n in seen.terminal for n in names), 900, "ends")
-        signal_controller_manager(cluster, signal.SIGCONT)
-        last = max(seen.terminal[n] for n in names)
-        lags = [seen.terminal[n] - first for n in names]
-        row["completions_per_second"] = round(count / (last - first), 1)
-        row["terminal_p95_seconds"] = round(percentile(lags, 0.95), 3)
-        row["finish_cpu_seconds"] = round(operator.cpu_seconds() - cpu, 1)
-        after = await operator.settled_requests()
+        row: Row = {"finetunejobs": count, "pods_meanwhile": with_pods, "rss_idle_mb": operator.rss_mb()}
+        async with operator.memory_sampled():
+            row |= await bench.singles(SINGLES)
+            before = await operator.settled_requests()
+            row |= await bench.creation(with_pods=with_pods)
+            row |= await bench.completion()
+            after = await operator.settled_requests()
         row["requests"] = {key: round((value - before.get(key, 0)) / count, 3) for key, value in after.items()}
         row["requests_per_job"] = round(sum(row["requests"].values()), 2)
-        row["duplicate_jobs"] = await jobs_of(api) - count - len(single)
+        row["duplicate_jobs"] = await jobs_of(api) - count - SINGLES
         row["peak_rss_mb"] = round(operator.peak_rss / 1e6)
-        memory.cancel()
-        await operator.stop()
-        row |= await restart(operator, count)
+        row |= await bench.restart()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -367,28 +262,6 @@ async def measure(count: int, cluster: Cluster, folder: Path, *, with_pods: bool
 async def jobs_of(api: Kube) -> int:
     """Count the Jobs of the namespace."""
     return sum([1 async for _ in api.list(kube.JOBS, NAMESPACE)])
-
-
-async def restart(operator: Operator, count: int) -> dict[str, Any]:
-    """Start the operator with everything in the cluster and wait until it has caught up."""
-    began = time.monotonic()
-    await operator.start()
-    memory = asyncio.create_task(operator.sample_memory())
-    while True:
-        found = await operator.metrics()
-        events = found.get('tunewright_watch_events_total{resource="finetunejobs"}', 0)
-        if events >= count and found["tunewright_workqueue_depth"] == 0:
-            break
-        await asyncio.sleep(0.1)
-    took = time.monotonic() - began
-    await asyncio.sleep(2)
-    memory.cancel()
-    writes = sum(value for key, value in (await operator.requests()).items() if not key.startswith("get"))
-    return {
-        "restart_seconds": round(took, 1),
-        "restart_writes": int(writes),
-        "restart_peak_rss_mb": round(operator.peak_rss / 1e6),
-    }
 
 
 COLUMNS = (
@@ -409,7 +282,7 @@ COLUMNS = (
 )
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
+def print_table(rows: list[Row]) -> None:
     """Print the rows, and what they mean next to a peer."""
     print("".join(f"{title:>10}" for title, _ in COLUMNS))
     for row in rows:
@@ -423,7 +296,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     )
 
 
-def machine() -> dict[str, Any]:
+def machine() -> Row:
     """Describe where the numbers were measured."""
     return {
         "cpu": platform.processor() or platform.machine(),
