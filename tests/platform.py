@@ -150,6 +150,8 @@ def install_operator(platform: Platform, operator_image: str, trainer_image: str
         "trainer.image.tag": trainer_tag,
         "storage.endpoint": platform.endpoint,
         "storage.pathStyle": "true",
+        # Given up soon: a node that is lost here was stopped by a test.
+        "settings.nodeLostGraceSeconds": "5",
     }
     values = [
         part

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import time
+from collections import deque
+from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 import pytest
 
+from tests.cluster import Cluster, processes
 from tests.e2e.conftest import Document, Jobs, finetunejob
 from tests.platform import MODELS, OPERATOR_NAMESPACE, SECRET_NAME
+from tests.s3_proxy import proxied
 
 LONG = {"maxSteps": 100000, "batchSize": 2, "gradientAccumulationSteps": 1, "maxSequenceLength": 64}
 
@@ -128,3 +136,53 @@ def test_trainer_pod_is_restricted(jobs: Jobs) -> None:
     assert container["readOnlyRootFilesystem"] is True
     assert container["capabilities"] == {"drop": ["ALL"]}
     jobs.platform.kubectl("delete", "ftj", "restricted", "-n", jobs.namespace)
+
+
+@pytest.mark.timeout(600)
+def test_s3_that_fails_for_a_while_only_delays(jobs: Jobs) -> None:
+    """S3 answers 500 and 503 and drops connections while inputs are read, and is away when the result is published."""
+    assert jobs.platform.cluster.s3 is not None
+    with proxied(jobs.platform.cluster.s3, urlsplit(jobs.platform.endpoint).hostname or "") as proxy:
+        proxy.faults = deque(["pass", "503", "drop", "pass", "500"] * 4)
+        storage = {"secretName": SECRET_NAME, "endpoint": proxy.endpoint, "pathStyle": True}
+        jobs.apply(finetunejob("flaky-s3", hyperparameters={**LONG, "maxSteps": 40}, storage=storage))
+        jobs.wait("flaky-s3", running)
+        assert not proxy.faults
+        proxy.always = "503"
+        read = len(proxy.requests)
+        jobs.wait("flaky-s3", lambda _: len(proxy.requests) >= read + 8)
+        proxy.always = None
+        status = jobs.finished("flaky-s3")
+    assert (status["phase"], status["attempt"]) == ("Complete", 1)
+
+
+@contextlib.contextmanager
+def stopped_kubelet(cluster: Cluster) -> Iterator[None]:
+    """Stop the kubelet, so that the node no longer answers; its pods are left as they are."""
+    kubelets = [p.pid for p in processes.running(cluster.kubeconfig.parent) if p.component == "kubelet"]
+    if not kubelets:
+        pytest.skip("the kubelet of this cluster is not a process of this machine")
+    for pid in kubelets:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in kubelets:
+            os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.timeout(900)
+def test_lost_node_is_named_and_costs_no_restart(jobs: Jobs) -> None:
+    """A node that no longer answers is given up; the next attempt waits until nothing of the first can run."""
+    leave_at_once = {"key": "node.kubernetes.io/unreachable", "operator": "Exists", "effect": "NoExecute"}
+    pod = {"tolerations": [{**leave_at_once, "tolerationSeconds": 0}]}
+    jobs.apply(finetunejob("lost-node", hyperparameters=LONG, pod=pod))
+    jobs.wait("lost-node", running)
+    with stopped_kubelet(jobs.platform.cluster):
+        status = jobs.wait("lost-node", lambda s: s.get("attempts"), timeout=400)
+        assert status["attempts"][0]["cause"] == "NodeLost"
+        assert "does not answer" in status["attempts"][0]["message"]
+        assert len(jobs.pods("lost-node")) == 1
+    status = jobs.wait("lost-node", lambda s: s.get("attempt") == 2 and running(s))
+    assert status.get("restarts", 0) == 0
+    jobs.platform.kubectl("delete", "ftj", "lost-node", "-n", jobs.namespace)

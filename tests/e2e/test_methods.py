@@ -63,6 +63,8 @@ def test_methods_run_to_complete(jobs: Jobs, tmp_path: Path) -> None:
             "Accepted": "True", "Suspended": "False", "PodsReady": "False", "Complete": "True", "Failed": "False",
             "Ready": "True", "Stalled": "False",
         }  # fmt: skip
+    watched = jobs.platform.run(CLI, "watch", "method-lora", "-n", jobs.namespace)
+    assert "Complete" in watched.stdout
     for name in ("lora", "full"):
         assert logit_difference(jobs, f"method-{name}", tmp_path) < 1e-4
 
@@ -71,7 +73,8 @@ def logit_difference(jobs: Jobs, name: str, tmp_path: Path) -> float:
     """Fetch a result as a user would, load it with plain peft or transformers, and compare with the recorded logits."""
     status = jobs.status(name)
     target = tmp_path / name
-    jobs.platform.run(CLI, "get-adapter", status["output"]["manifestUri"], str(target))
+    fetched = jobs.platform.run(CLI, "get-adapter", name, str(target), "-n", jobs.namespace, "--output", "json")
+    assert json.loads(fetched.stdout)["digest"] == status["output"]["digest"]
     root = Path(status["output"]["uri"]).name
     base = tmp_path / "base"
     base.mkdir(exist_ok=True)

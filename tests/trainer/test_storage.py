@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.s3 import S3Server
-from tests.trainer.kit import Bucket, Proxy, proxied
+from tests.s3_proxy import Proxy, proxied
+from tests.trainer.kit import Bucket
 from tests.trainer.s3_fixtures import bucket, make_storage, server, shared_bucket, storage
 from tunewright_trainer import s3
 from tunewright_trainer.errors import (

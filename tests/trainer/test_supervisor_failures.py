@@ -12,7 +12,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.trainer.kit import ROWS, Bucket, bucket_run, make_settings, proxied
+from tests.s3_proxy import proxied
+from tests.trainer.kit import ROWS, Bucket, bucket_run, make_settings
 from tests.trainer.s3_fixtures import bucket, server, shared_bucket
 from tunewright_api.exit_codes import OUTCOMES, ExitCode, Fate
 from tunewright_api.run_report import RunReport

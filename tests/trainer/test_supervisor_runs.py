@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from tests.cluster import ports
+from tests.s3_proxy import proxied
 from tests.trainer.kit import (
     FAKE_WORKER,
     ROWS,
@@ -27,7 +28,6 @@ from tests.trainer.kit import (
     bucket_run,
     make_run,
     make_settings,
-    proxied,
     safetensors,
 )
 from tests.trainer.s3_fixtures import bucket, server, shared_bucket
