@@ -8,6 +8,9 @@ For each N: create N FineTuneJobs at once against a real API server, etcd and co
 - end -> terminal: kubelet and Job controller are played by this script, which gives every pod the status Succeeded
   with a report as termination message and then every Job the condition Complete; the operator is stopped meanwhile, so
   that for it all Jobs end at once. Measured from the moment it goes on to the last FineTuneJob's Complete;
+- ceiling: the same number of status writes of the same size by this script, with as many at once as the operator has,
+  while the operator is stopped: what the API server takes without any operator. End -> terminal is one such write per
+  FineTuneJob, so their ratio says what the operator itself costs;
 - requests: what the operator's own counter says, watches and the lists at its start not included, divided by N;
 - restart: the operator is ended and started anew with all N in the cluster, until its queue is empty.
 
@@ -40,12 +43,14 @@ from tests.cluster import Cluster, down, processes, up
 from tests.operator_process import grant, kubeconfig_of, kubectl
 from tunewright_operator import kube
 from tunewright_operator.kube import Kube
+from tunewright_operator.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results.json"
 CLUSTER = f"bench-{os.getpid()}"
 WRITERS = 32
 SINGLES = 20
+OPERATOR_CONCURRENCY = Settings.model_fields["concurrency"].default
 Row = dict[str, Any]
 
 # Kubeflow Trainer 2.3 with JobSet, and a 50-line prototype on kopf, on an idle machine of the same kind.
@@ -97,15 +102,15 @@ def note(resource: kube.Resource, raw: dict[str, Any], seen: Seen) -> None:
         seen.job_complete.setdefault(name, now)
 
 
-async def in_parallel(names: list[str], act: Any) -> None:
-    """Call `act(name)` for all names, `WRITERS` at a time."""
+async def in_parallel(names: list[str], act: Any, at_once: int = WRITERS) -> None:
+    """Call `act(name)` for all names, `at_once` at a time."""
     line = iter(names)
 
     async def worker() -> None:
         for name in line:
             await act(name)
 
-    await asyncio.gather(*(worker() for _ in range(WRITERS)))
+    await asyncio.gather(*(worker() for _ in range(at_once)))
 
 
 async def until(condition: Any, limit: float, what: str) -> None:
@@ -198,6 +203,21 @@ class Bench:
             "finish_cpu_seconds": round(self.operator.cpu_seconds() - cpu, 1),
         }
 
+    async def ceiling(self) -> Row:
+        """Write every status once more, with the operator stopped."""
+        everything = {o["metadata"]["name"]: o["status"] async for o in self.api.list(kube.FINETUNEJOBS, NAMESPACE)}
+
+        async def write(name: str) -> None:
+            changed = {**everything[name], "usage": {"gpuSeconds": 1, "lostGpuSeconds": 0}}
+            await self.api.patch_status(kube.FINETUNEJOBS, NAMESPACE, name, {"status": changed})
+
+        self.operator.signal(signal.SIGSTOP)
+        began = time.monotonic()
+        await in_parallel(self.names, write, OPERATOR_CONCURRENCY)
+        rate = len(self.names) / (time.monotonic() - began)
+        self.operator.signal(signal.SIGCONT)
+        return {"status_writes_per_second_without_operator": round(rate, 1)}
+
     async def _end_pod(self, name: str) -> None:
         await self.api.patch_status(kube.PODS, NAMESPACE, self.seen.pods[name], {"status": pod_status()})
 
@@ -247,6 +267,7 @@ async def measure(count: int, cluster: Cluster, folder: Path, *, with_pods: bool
             row |= await bench.creation(with_pods=with_pods)
             row |= await bench.completion()
             after = await operator.settled_requests()
+            row |= await bench.ceiling()
         row["requests"] = {key: round((value - before.get(key, 0)) / count, 3) for key, value in after.items()}
         row["requests_per_job"] = round(sum(row["requests"].values()), 2)
         row["duplicate_jobs"] = await jobs_of(api) - count - SINGLES
@@ -273,6 +294,7 @@ COLUMNS = (
     ("p99 s", "create_p99_seconds"),
     ("1 CR p95", "single_create_p95_seconds"),
     ("ends/s", "completions_per_second"),
+    ("ceiling", "status_writes_per_second_without_operator"),
     ("end p95", "terminal_p95_seconds"),
     ("req/CR", "requests_per_job"),
     ("RSS MB", "peak_rss_mb"),
