@@ -183,6 +183,8 @@ def test_lost_node_is_named_and_costs_no_restart(jobs: Jobs) -> None:
         assert status["attempts"][0]["cause"] == "NodeLost"
         assert "does not answer" in status["attempts"][0]["message"]
         assert len(jobs.pods("lost-node")) == 1
-    status = jobs.wait("lost-node", lambda s: s.get("attempt") == 2 and running(s))
+    # The node's taint goes a little later than the node comes back, and may take a second attempt with it.
+    status = jobs.wait("lost-node", lambda s: s.get("attempt", 1) > 1 and running(s))
+    assert {attempt["cause"] for attempt in status["attempts"]} == {"NodeLost"}
     assert status.get("restarts", 0) == 0
     jobs.platform.kubectl("delete", "ftj", "lost-node", "-n", jobs.namespace)
