@@ -98,6 +98,7 @@ def _uri_type(pattern: str, meaning: str) -> Any:
 # [a-zA-Z0-9...] rather than \w: Go's RE2 (API server) and Python's re must agree to the letter.
 _BUCKET = r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
 _CLAIM = r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?"
+_HUB_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 # A path of one or more segments that are neither empty nor start with a dot: nothing can climb out with "..".
 _PATH = r"(/[A-Za-z0-9_=+@,-][A-Za-z0-9_.=+@,-]*)+"
 
@@ -106,12 +107,18 @@ ModelUri = _uri_type(
     "a model URI: use hf://organisation/name, s3://bucket/prefix or pvc://claim/path",
 )
 DataUri = _uri_type(
-    rf"^(s3://{_BUCKET}|pvc://{_CLAIM}){_PATH}$",
-    "a data URI: use s3://bucket/key or pvc://claim/path, ending in .jsonl, .json, .csv or .parquet",
+    rf"^(s3://{_BUCKET}|pvc://{_CLAIM}|hf://datasets/{_HUB_NAME}/{_HUB_NAME}){_PATH}$",
+    "a data URI: use s3://bucket/key, pvc://claim/path or hf://datasets/organisation/name/path, ending in .jsonl, "
+    ".json, .csv or .parquet",
 )
 OutputUri = _uri_type(
     rf"^(s3://{_BUCKET}|pvc://{_CLAIM}){_PATH}/?$",
     "an output URI: use s3://bucket/prefix or pvc://claim/path",
+)
+ArtifactUri = _uri_type(
+    rf"^(s3://{_BUCKET}|pvc://{_CLAIM}){_PATH}/?$",
+    "the URI of a published result: use s3://bucket/prefix or pvc://claim/path, ending with a run's folder, its "
+    "manifest.json or its adapter",
 )
 
 
@@ -164,6 +171,11 @@ Duration = _matches(
 ObjectName = _matches(
     r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", "an object name: lower-case letters, digits, '-' and '.'", 253
 )
+FineTuneJobName = _matches(
+    r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", "the name of a FineTuneJob: lower-case letters, digits and '-'", 45
+)
+HubRepository = _matches(rf"^{_HUB_NAME}/{_HUB_NAME}$", "a repository: use organisation/name", 96)
+HubBranch = _matches(r"^[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)*$", "a branch: use main or v1.2", 128)
 LabelKey = _matches(r"^[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?$", "a label key", 317)
 LabelValue = _matches(r"^([A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?)?$", "a label value", 63)
 ShortText = Annotated[str, Field(max_length=253)]

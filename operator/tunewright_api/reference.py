@@ -120,6 +120,8 @@ def _type(schema: Mapping[str, Any]) -> str:
     """Return type and bounds in words."""
     if schema.get("x-kubernetes-int-or-string"):
         return "quantity"
+    if "type" not in schema and schema.get("x-kubernetes-preserve-unknown-fields"):
+        return "number, text or true / false"
     if "enum" in schema:
         return " / ".join(f"`{value}`" for value in schema["enum"])
     kind = schema.get("type", "any")

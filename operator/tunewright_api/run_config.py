@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -16,10 +17,18 @@ from tunewright_api.defaults import (
     ResolvedLoRA,
     resolve_evaluation,
     resolve_hyperparameters,
+    resolve_ia3,
     resolve_lora,
+    resolve_objective,
+    resolve_prefix_tuning,
+    resolve_prompt_tuning,
 )
-from tunewright_api.v1alpha1.finetunejob import FineTuneJobSpec, Resources
-from tunewright_api.v1alpha1.parts import Dataset, MethodType, Model, Quantization
+from tunewright_api.references import with_digests
+from tunewright_api.v1alpha1.finetunejob import FineTuneJobSpec, HubOutput, Resources
+from tunewright_api.v1alpha1.method import IA3, MethodType, PrefixTuning, PromptTuning, Quantization
+from tunewright_api.v1alpha1.objective import Objective
+from tunewright_api.v1alpha1.parts import Dataset, Model
+from tunewright_api.v1alpha1.tracking import Tracking
 
 RUN_ENVIRONMENT_VARIABLE = "TUNEWRIGHT_RUN"
 MAX_RUN_BYTES = 65536
@@ -39,6 +48,15 @@ class StorageSettings(SpecModel):
     """Name of the Secret the credentials come from; only for messages."""
 
 
+class HubSettings(SpecModel):
+    """How to reach the Hugging Face Hub; the token comes from the environment, never from here."""
+
+    endpoint: str | None = None
+    """None: https://huggingface.co."""
+    secret_name: str | None = None
+    """Name of the Secret the token comes from; only for messages."""
+
+
 class TrainRun(SpecModel):
     """Everything the trainer knows of its task."""
 
@@ -49,15 +67,22 @@ class TrainRun(SpecModel):
     attempt: int = Field(default=1, ge=1)
     model: Model
     dataset: Dataset
+    objective: Objective
     method: MethodType
     lora: ResolvedLoRA | None = None
     quantization: Quantization | None = None
+    prefix_tuning: PrefixTuning | None = None
+    prompt_tuning: PromptTuning | None = None
+    ia3: IA3 | None = None
     hyperparameters: ResolvedHyperparameters
     evaluation: ResolvedEvaluation
     output_uri: OutputUri
     storage: StorageSettings
+    hub: HubSettings = HubSettings()
+    hub_output: HubOutput | None = None
     gpus: int = Field(ge=0)
     stall_seconds: int | None = Field(default=None, ge=1)
+    tracking: Tracking | None = None
 
     def to_json(self) -> str:
         """Return the canonical document: sorted keys, no white space, unset fields left out."""
@@ -70,9 +95,15 @@ def canonical_json(value: object) -> str:
 
 
 def build_train_run(
-    spec: FineTuneJobSpec, *, name: str, namespace: str, attempt: int, storage: StorageSettings
+    spec: FineTuneJobSpec,
+    *,
+    name: str,
+    namespace: str,
+    attempt: int,
+    storage: StorageSettings,
+    hub: HubSettings | None = None,
 ) -> TrainRun:
-    """Render the run document of one attempt.
+    """Render the run document of one attempt; `hub` has the platform's defaults.
 
     `model_construct` keeps a document of a local run, whose local paths were accepted when the spec was parsed.
     """
@@ -83,15 +114,22 @@ def build_train_run(
         attempt=attempt,
         model=spec.model,
         dataset=spec.dataset,
+        objective=resolve_objective(spec),
         method=spec.method.type,
         lora=resolve_lora(spec),
         quantization=spec.method.quantization,
+        prefix_tuning=resolve_prefix_tuning(spec),
+        prompt_tuning=resolve_prompt_tuning(spec),
+        ia3=resolve_ia3(spec),
         hyperparameters=resolve_hyperparameters(spec),
         evaluation=resolve_evaluation(spec),
         output_uri=spec.output.uri.rstrip("/"),
         storage=storage,
+        hub=resolve_hub(spec, hub or HubSettings()),
+        hub_output=spec.output.hub,
         gpus=(spec.resources or Resources()).gpus,
         stall_seconds=seconds_of(timeouts.stall) if timeouts and timeouts.stall else None,
+        tracking=spec.tracking,
     )
 
 
@@ -117,21 +155,44 @@ def resolve_storage(spec: FineTuneJobSpec, platform: StorageSettings) -> Storage
     )
 
 
-_SHAPING_FIELDS = ("model", "dataset", "method", "lora", "quantization", "hyperparameters", "evaluation")
+def resolve_hub(spec: FineTuneJobSpec, platform: HubSettings) -> HubSettings:
+    """Lay the spec's hub block over the platform's defaults.
+
+    The platform's token goes to the platform's hub alone: whoever gets a token can act in its owner's name.
+    """
+    given = spec.hub
+    if given is None:
+        return platform
+    endpoint = given.endpoint.rstrip("/") if given.endpoint is not None else platform.endpoint
+    platform_secret = platform.secret_name if endpoint == platform.endpoint else None
+    return HubSettings(endpoint=endpoint, secret_name=given.secret_name or platform_secret)
 
 
-def run_key(run: TrainRun, *, model_version: str, data_versions: Mapping[str, str]) -> str:
+_SHAPING_FIELDS = (
+    "model", "dataset", "objective", "method", "lora", "quantization", "prefixTuning", "promptTuning", "ia3",
+    "hyperparameters", "evaluation",
+)  # fmt: skip
+
+
+def run_key(
+    run: TrainRun,
+    *,
+    model_version: str,
+    data_versions: Mapping[str, str],
+    artifact_digests: Mapping[str, str] = MappingProxyType({}),
+) -> str:
     """Name a run by what determines its result.
 
     Args:
         run: The document; names, places, credentials and limits in it do not count.
         model_version: Commit of a hub model, or a digest over the ETags of a folder's files.
         data_versions: ETag and size of every data file, by URI.
+        artifact_digests: Digest of every result of another run that goes in, by the URI that the document has for it.
 
     Returns:
         The first 16 hex digits of a SHA-256.
     """
-    document: dict[str, Any] = run.document()
+    document: dict[str, Any] = with_digests(run, artifact_digests).document()
     content = {
         "recipe": RECIPE_VERSION,
         "run": {field: document[field] for field in _SHAPING_FIELDS if field in document},

@@ -18,6 +18,8 @@ Stage = Literal[
 ]
 ShortText = Annotated[str, Field(max_length=1024)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+MAX_METRICS = 24
+Metrics = Annotated[dict[Annotated[str, Field(max_length=64)], Finite], Field(max_length=MAX_METRICS)]
 
 
 class _Document(StatusModel):
@@ -38,6 +40,9 @@ class Progress(_Document):
     learning_rate: Finite | None = None
     tokens_per_second: Finite | None = None
     eta_seconds: int | None = Field(default=None, ge=0)
+    metrics: Metrics | None = Field(
+        default=None, description="What the recipe measures besides: rewards, margins, accuracy."
+    )
     message: ShortText | None = Field(default=None, description="What the stage does right now, for people.")
     updated_at: str = Field(max_length=64, description="RFC 3339 time of the last change.")
     loss_history: list[tuple[int, Finite]] = Field(
@@ -46,11 +51,16 @@ class Progress(_Document):
 
 
 class EvaluationResult(_Document):
-    """Loss on the validation rows before and after training."""
+    """Loss and further metrics on the validation rows before and after training."""
 
     base: Finite | None = Field(default=None, description="Loss of the base model.")
     tuned: Finite | None = Field(default=None, description="Loss of the tuned model.")
     improvement: Finite | None = Field(default=None, description="base - tuned; positive is better.")
+    best_step: int | None = Field(
+        default=None, ge=0, description="Step whose weights are the result (evaluation.loadBest)."
+    )
+    base_metrics: Metrics | None = Field(default=None, description="What else the base model was measured by.")
+    tuned_metrics: Metrics | None = Field(default=None, description="What else the tuned model was measured by.")
 
 
 class PublishedOutput(_Document):
@@ -60,6 +70,7 @@ class PublishedOutput(_Document):
     manifest_uri: ShortText = Field(description="The manifest that makes the result valid.")
     digest: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")] = Field(description="SHA-256 of the manifest.")
     size_bytes: int = Field(ge=0, description="Size of all files together.")
+    hub_url: ShortText | None = Field(default=None, description="The pushed commit on the Hub, with output.hub.")
 
 
 class RunPlan(_Document):
@@ -71,11 +82,15 @@ class RunPlan(_Document):
     dropped_rows: int | None = Field(
         default=None, ge=0, description="Rows with nothing left to learn from after cutting."
     )
+    cut_rows: int | None = Field(default=None, ge=0, description="Rows cut at maxSequenceLength.")
     data_format: ShortText | None = None
     dtype: ShortText | None = None
     trainable_parameters: int | None = Field(default=None, ge=0)
     total_parameters: int | None = Field(default=None, ge=0)
     target_modules: list[Annotated[str, Field(max_length=128)]] | None = Field(default=None, max_length=64)
+    continued_from: ShortText | None = Field(
+        default=None, description="Manifest of the adapter that training went on from."
+    )
 
 
 class RunReport(_Document):
@@ -99,10 +114,14 @@ class RunReport(_Document):
     train_seconds: Finite | None = None
 
     def to_json(self) -> str:
-        """Return the document in at most `MAX_REPORT_BYTES` bytes; first the plan gives way, then the message."""
+        """Return the document in at most `MAX_REPORT_BYTES` bytes; first the plan gives way, then further metrics,
+        then the message."""
         report = self
         if _excess_bytes(report) > 0:
             report = report.model_copy(update={"plan": None})
+        if _excess_bytes(report) > 0 and report.evaluation is not None:
+            bare = report.evaluation.model_copy(update={"base_metrics": None, "tuned_metrics": None})
+            report = report.model_copy(update={"evaluation": bare})
         excess = _excess_bytes(report)
         if excess > 0:
             # Every character takes at least one byte, so cutting as many as there are bytes too many is enough.

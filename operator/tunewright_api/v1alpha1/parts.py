@@ -1,4 +1,4 @@
-"""The blocks of a FineTuneJob spec that say what is trained, on what, and how."""
+"""The blocks of a FineTuneJob spec that say what is trained, on which rows, and with which training arguments."""
 
 from __future__ import annotations
 
@@ -6,19 +6,51 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from tunewright_api.base import DataUri, ModelUri, ObjectName, Rule, SpecModel
+from tunewright_api.base import ArtifactUri, DataUri, FineTuneJobName, ModelUri, ObjectName, Rule, SpecModel
+from tunewright_api.extra import Extra
 
 DType = Literal["Auto", "Float32", "BFloat16", "Float16"]
-MethodType = Literal["Full", "LoRA", "QLoRA"]
-DataFormat = Literal["Auto", "Text", "PromptCompletion", "Messages", "Alpaca", "ShareGPT"]
-TargetPreset = Literal["AllLinear", "Attention", "QueryValue"]
-Optimizer = Literal["AdamW", "AdamW8bit", "PagedAdamW8bit", "PagedAdamW32bit", "Adafactor"]
-Scheduler = Literal["Cosine", "Linear", "Constant", "ConstantWithWarmup"]
+DataFormat = Literal[
+    "Auto", "Text", "PromptCompletion", "Messages", "Alpaca", "ShareGPT", "Preference", "UnpairedPreference", "Prompts",
+    "Labelled",
+]  # fmt: skip
+DEFAULT_BATCH_SIZE = 4
+DEFAULT_GRADIENT_ACCUMULATION_STEPS = 4
+DEFAULT_MAX_SEQUENCE_LENGTH = 1024
+"""Here rather than in the table of defaults, because rules count on them."""
+Optimizer = Literal["AdamW", "AdamW8bit", "PagedAdamW8bit", "PagedAdamW32bit", "Adafactor", "Lion", "SGD"]
+Scheduler = Literal[
+    "Cosine", "CosineWithRestarts", "Linear", "Polynomial", "InverseSqrt", "Constant", "ConstantWithWarmup"
+]  # fmt: skip
+Metric = Literal["Loss", "Accuracy", "F1"]
 ColumnName = Annotated[str, Field(min_length=1, max_length=128)]
 
 
+class ArtifactRef(SpecModel):
+    """A published result of another run: of a FineTuneJob by name, or by address."""
+
+    fine_tune_job: FineTuneJobName | None = Field(
+        default=None,
+        description="Name of a FineTuneJob in the same namespace. This one waits until it is complete, and fails when "
+        "it fails.",
+    )
+    uri: ArtifactUri | None = Field(
+        default=None,
+        description="Address of a run's folder, of its manifest.json, of its adapter, or of an output folder (its "
+        "newest run), reached with this FineTuneJob's storage settings.",
+    )
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "has(self.fineTuneJob) != has(self.uri)",
+            "a reference names a result by exactly one of fineTuneJob and uri",
+            lambda r: (r.fine_tune_job is None) != (r.uri is None),
+        ),
+    )
+
+
 class Model(SpecModel):
-    """The base model."""
+    """The base model, and the adapter to go on from."""
 
     uri: ModelUri = Field(
         description="Where the model lies: hf://organisation/name, s3://bucket/prefix or pvc://claim/path."
@@ -37,6 +69,11 @@ class Model(SpecModel):
         default=None,
         description="Jinja chat template used instead of the tokenizer's own and saved with the result.",
     )
+    continue_from: ArtifactRef | None = Field(
+        default=None,
+        description="Adapter of this base model that training goes on from, in place of a new one. Its settings (rank, "
+        "layers, ...) stay as they are; DPO and KTO take it as the reference.",
+    )
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -50,22 +87,57 @@ class Model(SpecModel):
 class DataSource(SpecModel):
     """One file of training or validation rows."""
 
-    uri: DataUri = Field(description="A jsonl, json, csv or parquet file: s3://bucket/key or pvc://claim/path.")
+    uri: DataUri = Field(
+        description="A jsonl, json, csv or parquet file: s3://bucket/key, pvc://claim/path or a file of a data set on "
+        "the Hub, hf://datasets/organisation/name/path."
+    )
+    revision: Annotated[str, Field(min_length=1, max_length=128)] | None = Field(
+        default=None, description="Branch, tag or commit of an hf:// data set. Default: its main branch."
+    )
     max_samples: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = Field(
         default=None, description="Take only this many rows from the start of the file. Default: all."
     )
+    weight: float = Field(
+        default=1.0,
+        gt=0,
+        le=100,
+        description="How often each row is used per epoch: 2 takes every row twice, 0.5 a random half of them.",
+    )
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "!has(self.revision) || self.uri.startsWith('hf://')",
+            "revision of a data source is only for hf://datasets/...: an s3:// or pvc:// file has no revisions",
+            lambda s: s.revision is None or s.uri.startswith("hf://"),
+        ),
+    )
+
+    @property
+    def address(self) -> str:
+        """URI and revision: what tells one file of rows from another."""
+        return self.uri if self.revision is None else f"{self.uri}@{self.revision}"
 
 
 class Columns(SpecModel):
     """Names of the columns in the data, where they differ from the format's own names."""
 
-    text: ColumnName | None = Field(default=None, description="Column with the whole text (format Text).")
-    prompt: ColumnName | None = Field(default=None, description="Column with the prompt (PromptCompletion).")
-    completion: ColumnName | None = Field(default=None, description="Column with the answer (PromptCompletion).")
+    text: ColumnName | None = Field(default=None, description="Column with the whole text (Text, Labelled).")
+    prompt: ColumnName | None = Field(
+        default=None, description="Column with the prompt (PromptCompletion, Preference, UnpairedPreference, Prompts)."
+    )
+    completion: ColumnName | None = Field(
+        default=None, description="Column with the answer (PromptCompletion, UnpairedPreference)."
+    )
     messages: ColumnName | None = Field(default=None, description="Column with the chat turns (Messages, ShareGPT).")
+    tools: ColumnName | None = Field(default=None, description="Column with the tools' schemas (Messages).")
     instruction: ColumnName | None = Field(default=None, description="Column with the instruction (Alpaca).")
     input: ColumnName | None = Field(default=None, description="Column with the optional input (Alpaca).")
     output: ColumnName | None = Field(default=None, description="Column with the answer (Alpaca).")
+    chosen: ColumnName | None = Field(default=None, description="Column with the better answer (Preference).")
+    rejected: ColumnName | None = Field(default=None, description="Column with the worse answer (Preference).")
+    label: ColumnName | None = Field(
+        default=None, description="Column with the verdict (UnpairedPreference: true or false) or the label (Labelled)."
+    )
 
 
 class Dataset(SpecModel):
@@ -82,6 +154,16 @@ class Dataset(SpecModel):
         default="Auto", description="Shape of the rows. Auto looks at the columns and says what it chose."
     )
     columns: Columns | None = Field(default=None, description="Renames, where columns have other names.")
+    prompt_template: Annotated[str, Field(min_length=1, max_length=8192)] | None = Field(
+        default=None,
+        description="Plain text of the prompt, with columns in braces: 'Question: {question} Answer:'. For rows of "
+        "format PromptCompletion and Alpaca; no chat template is applied then.",
+    )
+    response_template: Annotated[str, Field(min_length=1, max_length=1024)] | None = Field(
+        default=None,
+        description="Text behind which the answer of a plain-text row begins, such as '### Response:'. For rows of "
+        "format Text; only the answer is learned then.",
+    )
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -89,70 +171,26 @@ class Dataset(SpecModel):
             "dataset.validation and dataset.validationFraction exclude each other: keep one",
             lambda d: d.validation is None or d.validation_fraction is None,
         ),
-    )
-
-
-class LoRA(SpecModel):
-    """Low-rank adapters (Hu et al. 2021)."""
-
-    rank: int = Field(default=16, ge=1, le=512, description="Rank of the update.")
-    alpha: Annotated[int, Field(ge=1, le=4096)] | None = Field(
-        default=None, description="Scale: the update is multiplied by alpha/rank. Default: twice the rank."
-    )
-    dropout: float = Field(default=0.05, ge=0, lt=1, description="Dropout on the adapter's input.")
-    targets: TargetPreset | None = Field(
-        default=None,
-        description="Layers to adapt, resolved per model family. Default: AllLinear.",
-    )
-    target_modules: list[Annotated[str, Field(min_length=1, max_length=128)]] | None = Field(
-        default=None, min_length=1, max_length=64, description="Layers to adapt, by module name."
-    )
-
-    RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(
-            "!(has(self.targets) && has(self.targetModules))",
-            "lora.targets and lora.targetModules exclude each other: keep one",
-            lambda x: x.targets is None or x.target_modules is None,
-        ),
-    )
-
-
-class Quantization(SpecModel):
-    """How the frozen base is stored under QLoRA (Dettmers et al. 2023)."""
-
-    bits: Literal[4, 8] = Field(default=4, description="Bits per base weight.")
-    type: Literal["NF4", "FP4"] | None = Field(default=None, description="4-bit number format. Default: NF4.")
-    double_quant: bool | None = Field(default=None, description="Quantize the 4-bit scales as well. Default: true.")
-    compute_dtype: DType = Field(default="Auto", description="Number format of the matrix products.")
-
-    RULES: ClassVar[tuple[Rule, ...]] = (
-        Rule(
-            "(has(self.bits) ? self.bits : 4) == 4 || (!has(self.type) && !has(self.doubleQuant))",
-            "quantization.type and quantization.doubleQuant are only for bits: 4",
-            lambda q: q.bits == 4 or (q.type is None and q.double_quant is None),
-        ),
-    )
-
-
-class Method(SpecModel):
-    """Which weights are trained."""
-
-    type: MethodType = Field(
-        description="Full trains all weights, LoRA an adapter, QLoRA an adapter on a quantized base."
-    )
-    lora: LoRA | None = Field(default=None, description="Adapter settings of LoRA and QLoRA.")
-    quantization: Quantization | None = Field(default=None, description="Base storage of QLoRA.")
-
-    RULES: ClassVar[tuple[Rule, ...]] = (
-        Rule(
-            "self.type != 'Full' || !has(self.lora)",
-            "method.lora is only for LoRA and QLoRA: remove it or change method.type",
-            lambda m: m.type != "Full" or m.lora is None,
+            "!has(self.validationFraction) || self.train.all(t, !has(t.weight) || t.weight <= 1.0)",
+            "dataset.validationFraction does not go with weights above 1: copies of a row would be trained on and "
+            "evaluated on; give dataset.validation instead",
+            lambda d: d.validation_fraction is None or all(t.weight <= 1 for t in d.train),
         ),
         Rule(
-            "(self.type == 'QLoRA') == has(self.quantization)",
-            "method.quantization belongs to QLoRA: QLoRA needs it, LoRA and Full forbid it",
-            lambda m: (m.type == "QLoRA") == (m.quantization is not None),
+            "!(has(self.promptTemplate) && has(self.responseTemplate))",
+            "dataset.promptTemplate and dataset.responseTemplate exclude each other: keep one",
+            lambda d: d.prompt_template is None or d.response_template is None,
+        ),
+        Rule(
+            "!has(self.promptTemplate) || !has(self.format) || self.format in ['Auto', 'PromptCompletion', 'Alpaca']",
+            "dataset.promptTemplate is only for rows of format PromptCompletion and Alpaca",
+            lambda d: d.prompt_template is None or d.format in ("Auto", "PromptCompletion", "Alpaca"),
+        ),
+        Rule(
+            "!has(self.responseTemplate) || !has(self.format) || self.format in ['Auto', 'Text']",
+            "dataset.responseTemplate is only for rows of format Text",
+            lambda d: d.response_template is None or d.format in ("Auto", "Text"),
         ),
     )
 
@@ -167,7 +205,10 @@ class Hyperparameters(SpecModel):
         default=None, description="Number of optimizer steps, instead of epochs."
     )
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = Field(default=None, description="Peak learning rate.")
-    scheduler: Scheduler | None = Field(default=None, description="Shape of the learning rate over time.")
+    scheduler: Scheduler | None = Field(
+        default=None,
+        description="Shape of the learning rate over time. CosineWithRestarts starts anew four times.",
+    )
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         default=None, description="Share of the steps in which the learning rate rises from zero."
     )
@@ -183,7 +224,9 @@ class Hyperparameters(SpecModel):
     packing: bool | None = Field(
         default=None, description="Put several short rows into one sequence; rows do not see each other."
     )
-    optimizer: Optimizer | None = Field(default=None, description="Optimizer.")
+    optimizer: Optimizer | None = Field(
+        default=None, description="Optimizer. Lion wants a learning rate 3 to 10 times lower, SGD one far higher."
+    )
     weight_decay: Annotated[float, Field(ge=0, le=1)] | None = Field(default=None, description="Weight decay.")
     max_grad_norm: Annotated[float, Field(gt=0, le=1000)] | None = Field(
         default=None, description="Gradients are scaled down to this norm."
@@ -191,8 +234,17 @@ class Hyperparameters(SpecModel):
     gradient_checkpointing: bool | None = Field(
         default=None, description="Compute activations again in the backward pass to save memory."
     )
+    neftune_noise_alpha: Annotated[float, Field(gt=0, le=100)] | None = Field(
+        default=None,
+        description="Noise on the embeddings while training (Jain et al. 2023), 5 to 15 are usual; objective SFT only.",
+    )
     seed: Annotated[int, Field(ge=0, le=4_294_967_295)] | None = Field(
         default=None, description="Seed of initialisation, shuffling and the validation split."
+    )
+    extra: Extra | None = Field(
+        default=None,
+        description="Further TrainingArguments of transformers by their own names, such as adam_beta2: 0.95; what has "
+        "a field of its own is refused with the field's name.",
     )
 
     RULES: ClassVar[tuple[Rule, ...]] = (
@@ -204,6 +256,21 @@ class Hyperparameters(SpecModel):
     )
 
 
+class EarlyStopping(SpecModel):
+    """End the training when evaluations stop getting better."""
+
+    patience: Annotated[int, Field(ge=1, le=1000)] = Field(
+        default=3, description="Evaluations in a row without an improvement after which training ends."
+    )
+    min_delta: Annotated[float, Field(ge=0, le=1_000_000)] = Field(
+        default=0.0, description="What counts as an improvement: the metric is better by more than this."
+    )
+
+
+def _selects(evaluation: Evaluation) -> bool:
+    return bool(evaluation.load_best) or evaluation.early_stopping is not None
+
+
 class Evaluation(SpecModel):
     """When the model is evaluated on the validation rows. The base model is always evaluated once, before training."""
 
@@ -213,12 +280,37 @@ class Evaluation(SpecModel):
     steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = Field(
         default=None, description="Optimizer steps between evaluations (strategy Steps)."
     )
+    load_best: bool | None = Field(
+        default=None,
+        description="The result is the model of the best evaluation, not of the last step. Default: true with "
+        "earlyStopping, else false.",
+    )
+    early_stopping: EarlyStopping | None = Field(
+        default=None, description="End the training when evaluations stop getting better; the run is Complete."
+    )
+    metric: Metric | None = Field(
+        default=None,
+        description="What loadBest and earlyStopping go by: Loss (default), Accuracy (Classification, Reward) or F1 "
+        "(Classification).",
+    )
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(
             "has(self.steps) == (has(self.strategy) && self.strategy == 'Steps')",
             "evaluation.steps belongs to strategy Steps: give both or neither",
             lambda e: (e.steps is not None) == (e.strategy == "Steps"),
+        ),
+        Rule(
+            "!(has(self.strategy) && self.strategy == 'None') || "
+            "(!(has(self.loadBest) && self.loadBest) && !has(self.earlyStopping))",
+            "evaluation.loadBest and evaluation.earlyStopping need evaluations while training: use strategy Epoch or "
+            "Steps",
+            lambda e: e.strategy != "None" or not _selects(e),
+        ),
+        Rule(
+            "!has(self.metric) || (has(self.loadBest) && self.loadBest) || has(self.earlyStopping)",
+            "evaluation.metric is what loadBest and earlyStopping go by: set one of them",
+            lambda e: e.metric is None or _selects(e),
         ),
     )
 
@@ -239,4 +331,17 @@ class StorageRef(SpecModel):
     )
     path_style: bool | None = Field(
         default=None, description="Bucket in the path, not in the host name. Default: true with an endpoint."
+    )
+
+
+class HubRef(SpecModel):
+    """The Hugging Face Hub or a server with its API; what is left out comes from the platform's defaults."""
+
+    secret_name: ObjectName | None = Field(
+        default=None,
+        description="Secret in the same namespace with an access token under the key `token`: for private and gated "
+        "models and data sets, and for output.hub. Left out: what is public.",
+    )
+    endpoint: Annotated[str, Field(pattern=r"^https?://[A-Za-z0-9.\[\]:-]+/?$", max_length=512)] | None = Field(
+        default=None, description="URL of the hub. Default: https://huggingface.co."
     )

@@ -54,11 +54,20 @@ class Plan(StatusModel):
     train_rows: int | None = None
     validation_rows: int | None = None
     dropped_rows: int | None = None
+    cut_rows: int | None = None
     data_format: str | None = None
     dtype: str | None = None
     trainable_parameters: int | None = None
     total_parameters: int | None = None
     target_modules: list[str] | None = None
+    continued_from: str | None = Field(default=None, description="The adapter that training went on from.")
+
+
+class ResolvedReference(StatusModel):
+    """The result that the name of a FineTuneJob stands for."""
+
+    fine_tune_job: str
+    manifest_uri: str
 
 
 class Usage(StatusModel):
@@ -84,6 +93,10 @@ class FineTuneJobStatus(StatusModel):
     start_time: str | None = Field(default=None, description="When the first pod started.")
     completion_time: str | None = None
     next_attempt_time: str | None = Field(default=None, description="When the next attempt may start (backoff).")
+    references: list[ResolvedReference] | None = Field(
+        default=None,
+        description="Results of other FineTuneJobs as they were found; all attempts use the same ones.",
+    )
     plan: Plan | None = None
     progress: Progress | None = None
     attempts: list[Attempt] = Field(default_factory=list, description=f"Ended attempts, the last {MAX_ATTEMPTS_KEPT}.")

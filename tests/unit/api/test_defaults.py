@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.unit.api.builders import spec
-from tunewright_api.defaults import resolve_evaluation, resolve_hyperparameters, resolve_lora
+from tunewright_api.defaults import resolve_evaluation, resolve_hyperparameters, resolve_lora, resolve_objective
 
 METHODS: dict[str, dict[str, Any]] = {
     "Full": {"type": "Full"},
@@ -20,6 +20,30 @@ METHODS: dict[str, dict[str, Any]] = {
 def test_adapters_learn_ten_times_as_fast(method: str, rate: float) -> None:
     """The learning rate follows the method."""
     assert resolve_hyperparameters(spec(method=METHODS[method])).learning_rate == rate
+
+
+@pytest.mark.parametrize(("method", "rate"), [("Full", 1e-6), ("LoRA", 1e-5)])
+def test_rewards_move_a_model_slowly(method: str, rate: float) -> None:
+    """GRPO starts from a model that answers already; what its rewards are is for the spec to say."""
+    given = {"type": "GRPO", "grpo": {"rewards": [{"type": "JSON"}]}}
+    document = spec(method=METHODS[method], objective=given)
+    assert resolve_hyperparameters(document).learning_rate == rate
+    assert resolve_objective(document).document()["grpo"]["generations"] == 8
+
+
+@pytest.mark.parametrize(
+    ("objective", "lora", "dropout"),
+    [
+        ({"type": "SFT"}, {}, 0.05),
+        ({"type": "SFT"}, {"dropout": 0.0}, 0.0),
+        ({"type": "PPO", "ppo": {"rewards": [{"type": "JSON"}]}}, {}, 0.0),
+    ],
+)
+def test_dropout_is_usual_but_for_ppo(objective: dict[str, Any], lora: dict[str, Any], dropout: float) -> None:
+    """PPO compares likelihoods before and after a step, which dropout would move."""
+    resolved = resolve_lora(spec(method={"type": "LoRA", "lora": lora}, objective=objective))
+    assert resolved is not None
+    assert resolved.dropout == dropout
 
 
 @pytest.mark.parametrize(
@@ -119,3 +143,21 @@ def test_there_is_an_evaluation_where_there_are_rows_for_it(
     rows = {"train": [{"uri": "s3://bucket/train.jsonl"}], **dataset}
     resolved = resolve_evaluation(spec(dataset=rows, evaluation=evaluation))
     assert (resolved.strategy, resolved.steps) == (strategy, steps)
+
+
+@pytest.mark.parametrize(
+    ("given", "load_best", "metric"),
+    [
+        ({}, None, None),
+        ({"loadBest": False}, None, None),
+        ({"loadBest": True}, True, "Loss"),
+        ({"earlyStopping": {}}, True, "Loss"),
+        ({"earlyStopping": {}, "loadBest": False}, None, "Loss"),
+        ({"loadBest": True, "metric": "Loss"}, True, "Loss"),
+    ],
+)
+def test_an_early_stop_keeps_the_best_model(given: dict[str, Any], load_best: bool | None, metric: str | None) -> None:
+    """Unless the spec wants the last one; what nobody asked for is not in the document."""
+    rows = {"train": [{"uri": "s3://bucket/train.jsonl"}], "validationFraction": 0.1}
+    resolved = resolve_evaluation(spec(dataset=rows, evaluation=given))
+    assert (resolved.load_best, resolved.metric, resolved.selects) == (load_best, metric, metric is not None)

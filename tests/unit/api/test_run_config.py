@@ -9,9 +9,11 @@ import pytest
 
 from tests.unit.api.builders import spec
 from tunewright_api.run_config import (
+    HubSettings,
     StorageSettings,
     TrainRun,
     build_train_run,
+    resolve_hub,
     resolve_storage,
     run_key,
 )
@@ -52,6 +54,8 @@ def test_unknown_fields_are_refused() -> None:
         {"resources": {"memory": "32Gi"}},
         {"retry": {"maxRestarts": 0, "timeouts": {"stall": "10m"}}},
         {"suspend": True},
+        {"hub": {"secretName": "hf-token", "endpoint": "https://hub.example.com"}},
+        {"output": {"uri": "s3://bucket/output", "hub": {"repository": "org/name"}}},
         {"pod": {"nodeSelector": {"pool": "gpu"}}},
     ],
 )
@@ -69,6 +73,7 @@ def test_what_does_not_shape_the_result_does_not_count(other: dict[str, Any]) ->
         {"method": {"type": "Full"}},
         {"model": {"uri": "hf://organisation/other"}},
         {"dataset": {"train": [{"uri": "s3://bucket/train.jsonl", "maxSamples": 5}]}},
+        {"dataset": {"train": [{"uri": "hf://datasets/org/name/train.jsonl", "revision": "v1"}]}},
         {"dataset": {"train": [{"uri": "s3://bucket/train.jsonl"}], "validationFraction": 0.5}},
     ],
 )
@@ -90,7 +95,7 @@ def test_a_default_that_is_spelt_out_is_the_same_run() -> None:
 
 def test_the_key_of_a_fixed_run_is_pinned() -> None:
     """A change of this value orphans every published result: it needs a new RECIPE_VERSION and a release note."""
-    assert key(run()) == "c96940961bb7e342"
+    assert key(run()) == "d72ac26f806f8e29"
 
 
 @pytest.mark.parametrize(
@@ -110,3 +115,22 @@ def test_the_spec_lies_over_the_platform(
     """Every field falls back on its own; an endpoint of one's own means path style unless told otherwise."""
     resolved = resolve_storage(spec(storage=storage), StorageSettings(**platform))
     assert (resolved.endpoint, resolved.region, resolved.path_style) == expected
+
+
+@pytest.mark.parametrize(
+    ("hub", "expected"),
+    [
+        (None, ("https://hub.example.com", "platform")),
+        ({"secretName": "own"}, ("https://hub.example.com", "own")),
+        ({"endpoint": "https://hub.example.com/"}, ("https://hub.example.com", "platform")),
+        ({"endpoint": "https://other.example.com"}, ("https://other.example.com", None)),
+        ({"endpoint": "https://other.example.com", "secretName": "own"}, ("https://other.example.com", "own")),
+    ],
+)
+def test_the_platform_s_token_goes_to_the_platform_s_hub(
+    hub: dict[str, Any] | None, expected: tuple[str, str | None]
+) -> None:
+    """Whoever names another hub gives it a token of his own."""
+    platform = HubSettings(endpoint="https://hub.example.com", secret_name="platform")
+    resolved = resolve_hub(spec(hub=hub), platform)
+    assert (resolved.endpoint, resolved.secret_name) == expected

@@ -36,7 +36,7 @@ def test_a_valid_document_parses() -> None:
             "did you mean 'maxSamples'?",
         ),
         ({"hyperparameters": {"learning_rate": 1e-3}}, "spec.hyperparameters.learning_rate", "'learningRate'?"),
-        ({"method": {"type": "LoRA", "lora": {"r": 8}}}, "spec.method.lora.r", "known here are alpha, dropout, rank"),
+        ({"method": {"type": "LoRA", "lora": {"r": 8}}}, "spec.method.lora.r", "known here are alpha, bias, dropout"),
     ],
 )
 def test_a_misspelt_field_is_met_with_the_nearest_name(changes: dict[str, Any], path: str, message: str) -> None:
