@@ -33,6 +33,9 @@ PROGRESS_PORT: Final = 8080
 PROGRESS_PORT_NAME: Final = "http"
 """Name of that port, for PodMonitors."""
 
+TRACKING_KEYS: Final = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+"""Keys of the Secret in `tracking.mlflow.secretName`, each one an environment variable of the pod."""
+
 TERMINATION_LOG: Final = "/dev/termination-log"
 """File whose text becomes the container's termination message: the RunReport."""
 
@@ -50,6 +53,12 @@ ENV_WRITER: Final = "TUNEWRIGHT_WRITER"
 
 ENV_TERMINATION_LOG: Final = "TUNEWRIGHT_TERMINATION_LOG"
 """Where the trainer writes its report."""
+
+ENV_HUB_TOKEN: Final = "HF_TOKEN"  # noqa: S105  a name
+"""The Hub token, as the hub client reads it; the trainer keeps it from the training process."""
+
+HUB_TOKEN_KEY: Final = "token"  # noqa: S105  a name
+"""Key of the token in the Secret that `hub.secretName` names."""
 
 ENV_WORK: Final = "TUNEWRIGHT_WORK"
 """Where the trainer keeps model, data and results."""

@@ -39,9 +39,12 @@ def build_registry(
         raw: Any = event["object"]
         if event["type"] == "DELETED":
             # What it owns is the garbage collector's.
-            store.drop_finetunejob(raw)
+            _wake_waiting(store.drop_finetunejob(raw))
             return
-        _note(event, store.put_finetunejob(raw))
+        key = store.put_finetunejob(raw)
+        _note(event, key)
+        if key is not None:
+            _wake_waiting(key)
 
     @kopf.on.event("batch", "v1", "jobs", registry=registry)
     async def on_job(event: kopf.RawEvent, **_: Any) -> None:
@@ -54,6 +57,10 @@ def build_registry(
         metrics.WATCH_EVENTS.labels("pods").inc()
         raw: Any = event["object"]
         _note(event, store.put_pod(raw, gone=event["type"] == "DELETED"))
+
+    def _wake_waiting(key: Key) -> None:
+        for waiting in store.awaited_by(key):
+            add(waiting)
 
     def _note(event: kopf.RawEvent, key: Key | None) -> None:
         if event["type"] is None:

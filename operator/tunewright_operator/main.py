@@ -48,7 +48,7 @@ class Operator:
         applier = Applier(api, self.store, settings)
         self.queue: WorkQueue[Key] = WorkQueue(self._handle, settings.concurrency, clock=time.monotonic)
         self.reconciler = Reconciler(
-            self.store, self.observer, applier, self.poster, settings, lambda: self.queue.has_urgent
+            self.store, self.observer, applier, self.poster, settings, lambda: self.queue.has_urgent, self.add
         )
         self.health = Health(self.queue, self.store, api)
         self._started = time.monotonic()

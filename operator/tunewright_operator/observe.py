@@ -11,7 +11,9 @@ from typing import Any
 import aiohttp
 from pydantic import ValidationError
 
+from tunewright_api.references import referred_jobs
 from tunewright_api.run_report import MAX_PROGRESS_BYTES, Progress
+from tunewright_api.v1alpha1.finetunejob import FineTuneJobSpec
 from tunewright_api.v1alpha1.status import FineTuneJobStatus
 from tunewright_operator import kube, metrics, naming
 from tunewright_operator.constants import LABEL_FINETUNEJOB, PROGRESS_PORT
@@ -20,6 +22,7 @@ from tunewright_operator.kube import Kube
 from tunewright_operator.observed import (
     ObservedJob,
     ObservedPod,
+    ObservedReference,
     ObservedRun,
     parse_job,
     parse_pod,
@@ -82,6 +85,43 @@ class Observer:
             return ObservedRun(job_gone=gone, earlier_pods=earlier, jobs=jobs)
         pod = await self._pod(key, entry, job)
         return ObservedRun(job=job, pod=pod, jobs=jobs, progress=await self._progress(entry, pod))
+
+    async def references(
+        self, key: Key, spec: FineTuneJobSpec, status: FineTuneJobStatus
+    ) -> tuple[ObservedReference, ...]:
+        """Return the FineTuneJobs whose results are needed and not known yet. Only a finished one costs a request."""
+        known = {reference.fine_tune_job for reference in status.references or ()}
+        others = [Key(key.namespace, name) for name in referred_jobs(spec) if name not in known]
+        # Noted before the first look: what happens after it brings the key back.
+        self._store.wait_for(key, others)
+        found = [await self._reference(other) for other in others]
+        self._store.wait_for(
+            key, [other for other, seen in zip(others, found, strict=True) if seen.state in ("Missing", "Unfinished")]
+        )
+        circle = self._store.circle(key)
+        if circle:
+            way = " -> ".join(other.name for other in circle)
+            return (ObservedReference(circle[1].name, "Circular", way),)
+        return tuple(found)
+
+    async def _reference(self, other: Key) -> ObservedReference:
+        entry = self._store.find(other)
+        if entry is None or entry.version == 0:
+            # Not asked of the API server: all that follows is another look, at the latest when it is created.
+            return ObservedReference(other.name, "Missing")
+        if not entry.finished:
+            return ObservedReference(other.name, "Unfinished", entry.phase or "Pending")
+        try:
+            document = await self._api.get(kube.FINETUNEJOBS, other.namespace, other.name)
+        except NotFound:
+            return ObservedReference(other.name, "Missing")
+        status = FineTuneJobStatus.model_validate(document.get("status", {}))
+        if status.output is not None:
+            return ObservedReference(other.name, "Complete", manifest_uri=status.output.manifest_uri)
+        if status.failure is not None:
+            return ObservedReference(other.name, "Failed", f"{status.failure.reason}: {status.failure.message}")
+        # Created anew under the same name since; its event is on the way.
+        return ObservedReference(other.name, "Unfinished", status.phase or "Pending")
 
     async def _job(self, key: Key, name: str, uid: str) -> ObservedJob | None:
         """Read a Job live; None when it is not there or not owned by `uid`."""

@@ -112,6 +112,19 @@ class Refusal:
 
 
 @dataclass(frozen=True, slots=True)
+class ObservedReference:
+    """Another FineTuneJob whose result is needed."""
+
+    name: str
+    state: Literal["Missing", "Unfinished", "Complete", "Failed", "Circular"]
+    """Circular: it waits, itself or by way of others, for the one that refers to it."""
+    detail: str = ""
+    """Phase of an unfinished one, why one failed, the way round a circle."""
+    manifest_uri: str | None = None
+    """Set when it is complete."""
+
+
+@dataclass(frozen=True, slots=True)
 class ObservedRun:
     """Everything that one decision is made from, besides spec and status."""
 
@@ -128,6 +141,8 @@ class ObservedRun:
     progress: Progress | None = None
     """Set when a progress write is due."""
     refusal: Refusal | None = None
+    references: tuple[ObservedReference, ...] = ()
+    """FineTuneJobs whose results are needed and not in the status yet."""
 
 
 def parse_time(text: str) -> datetime.datetime:

@@ -25,6 +25,7 @@ from tunewright_operator.status import (
     decide,
     is_finished,
     refuse_spec,
+    resolved,
     transition_events,
 )
 from tunewright_operator.store import Key, Store
@@ -46,15 +47,28 @@ class Reconciler:
         poster: EventPoster,
         settings: Settings,
         hurried: Callable[[], bool],
+        wake: Callable[[Key], None],
         clock: Callable[[], datetime.datetime] = utc_now,
     ) -> None:
-        """Put the parts together; `hurried` tells whether FineTuneJobs without a Job wait for a worker."""
+        """Put the parts together.
+
+        Args:
+            store: What the watches have delivered.
+            observer: Reads.
+            applier: Writes.
+            poster: Posts events.
+            settings: The operator's.
+            hurried: Tells whether FineTuneJobs without a Job wait for a worker.
+            wake: Puts a FineTuneJob in line that waits for another one's result.
+            clock: Gives the time.
+        """
         self._store = store
         self._observer = observer
         self._applier = applier
         self._poster = poster
         self._settings = settings
         self._hurried = hurried
+        self._wake = wake
         self._clock = clock
 
     async def reconcile(self, key: Key) -> float | None:
@@ -76,10 +90,12 @@ class Reconciler:
             problems = [str(problem) for problem in error.problems]
             decision = Decision(refuse_spec(previous, metadata["generation"], problems, now))
         else:
+            if not is_finished(previous):
+                seen = replace(seen, references=await self._observer.references(key, job.spec, previous))
             decision = decide(job, previous, seen, now, self._settings)
             match decision.action:
                 case CreateJob() as action:
-                    created = await self._applier.create_job(job, action)
+                    created = await self._applier.create_job(resolved(job, decision.status), action)
                     if not isinstance(created, Refusal) and self._hurried():
                         # Others still wait for their Jobs: the status is written on a second turn, as after a crash.
                         return 0.0
@@ -111,6 +127,10 @@ class Reconciler:
         if written:
             _measure(previous, status, seen)
             self._store.drop_pods_before(key, current_attempt(status))
+            if status.phase != previous.phase:
+                # The watch's echo of our own write is no news, so it wakes nobody.
+                for waiting in self._store.awaited_by(key):
+                    self._wake(waiting)
             for event in transition_events(previous, status):
                 self._poster.add(key, metadata["uid"], event)
         return decision.requeue_seconds

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from tunewright_api.base import ObjectName, Quantity
-from tunewright_api.run_config import StorageSettings
+from tunewright_api.run_config import HubSettings, StorageSettings
 
 
 class Settings(BaseSettings):
@@ -62,6 +62,13 @@ class Settings(BaseSettings):
         default=None,
         description="Secret with S3 credentials in the FineTuneJob's namespace, used where a FineTuneJob names none. "
         "Default: the pod's own cloud identity.",
+    )
+
+    hub_endpoint: str | None = Field(default=None, description="URL of the hub. Default: https://huggingface.co.")
+    hub_secret_name: ObjectName | None = Field(
+        default=None,
+        description="Secret with a Hub token (key `token`) in the FineTuneJob's namespace, used where a FineTuneJob "
+        "that uses the platform's hub names none. Default: none; it may be missing: public models need no token.",
     )
 
     concurrency: int = Field(
@@ -118,3 +125,9 @@ class Settings(BaseSettings):
             path_style=self.storage_path_style,
             secret_name=self.storage_secret_name,
         )
+
+    @property
+    def hub(self) -> HubSettings:
+        """The platform's hub defaults, as the run document carries them."""
+        endpoint = self.hub_endpoint.rstrip("/") if self.hub_endpoint is not None else None
+        return HubSettings(endpoint=endpoint, secret_name=self.hub_secret_name)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -61,6 +61,10 @@ class Store:
 
     def __init__(self) -> None:
         self._entries: dict[Key, Entry] = {}
+        self._awaited_by: dict[Key, set[Key]] = {}
+        """FineTuneJobs that need the result of a key, which may not exist yet."""
+        self._waits_for: dict[Key, tuple[Key, ...]] = {}
+        """The same the other way round."""
 
     def entry(self, key: Key) -> Entry:
         """Return the entry of a key, made when missing."""
@@ -73,6 +77,7 @@ class Store:
     def forget(self, key: Key) -> None:
         """Drop all that is known of a FineTuneJob."""
         self._entries.pop(key, None)
+        self.wait_for(key, ())
 
     def keys(self) -> Iterator[Key]:
         """Return all keys."""
@@ -103,13 +108,16 @@ class Store:
         if entry.finished:
             entry.text = None
             entry.pods.clear()
+            self.wait_for(key, ())
         else:
             entry.text = json.dumps(_trimmed(raw), separators=(",", ":"))
         return key
 
-    def drop_finetunejob(self, raw: Raw) -> None:
-        """Forget a deleted FineTuneJob."""
-        self.forget(Key(raw["metadata"]["namespace"], raw["metadata"]["name"]))
+    def drop_finetunejob(self, raw: Raw) -> Key:
+        """Forget a deleted FineTuneJob and return its key."""
+        key = Key(raw["metadata"]["namespace"], raw["metadata"]["name"])
+        self.forget(key)
+        return key
 
     def put_job(self, raw: Raw, *, gone: bool = False) -> Key | None:
         """Take over a Job, or its removal; return the key when it is news."""
@@ -144,6 +152,36 @@ class Store:
         entry = self._entries.get(key)
         if entry is not None:
             entry.pods = {name: pod for name, pod in entry.pods.items() if pod.attempt >= attempt}
+
+    def wait_for(self, key: Key, others: Iterable[Key]) -> None:
+        """Note whose results a FineTuneJob waits for, in place of what was noted before."""
+        for other in self._waits_for.pop(key, ()):
+            self._awaited_by[other].discard(key)
+            if not self._awaited_by[other]:
+                del self._awaited_by[other]
+        wanted = tuple(others)
+        if wanted:
+            self._waits_for[key] = wanted
+        for other in wanted:
+            self._awaited_by.setdefault(other, set()).add(key)
+
+    def awaited_by(self, key: Key) -> tuple[Key, ...]:
+        """Return the FineTuneJobs that wait for the result of a key."""
+        return tuple(sorted(self._awaited_by.get(key, ())))
+
+    def circle(self, key: Key) -> tuple[Key, ...]:
+        """Return the way from a FineTuneJob along what each one waits for back to itself; empty where there is none."""
+        visited: set[Key] = set()
+        line: list[tuple[Key, ...]] = [(key,)]
+        while line:
+            way = line.pop()
+            for other in self._waits_for.get(way[-1], ()):
+                if other == key:
+                    return (*way, key)
+                if other not in visited:
+                    visited.add(other)
+                    line.append((*way, other))
+        return ()
 
     def phases(self) -> Counter[tuple[str, str]]:
         """Count FineTuneJobs by namespace and phase."""

@@ -25,7 +25,7 @@ def plan_run(job: FineTuneJob, attempt: int, halvings: int, settings: Settings) 
         attempt: Number of the attempt, from 1.
         halvings: How often the micro-batch is halved, with twice the accumulation each time, so that the
             optimizer sees the same batch: once per earlier attempt that ran out of GPU memory.
-        settings: For the platform's storage defaults.
+        settings: For the platform's storage and hub defaults.
     """
     assert job.metadata.namespace is not None, "the API server sets it"
     run = build_train_run(
@@ -34,6 +34,7 @@ def plan_run(job: FineTuneJob, attempt: int, halvings: int, settings: Settings) 
         namespace=job.metadata.namespace,
         attempt=attempt,
         storage=resolve_storage(job.spec, settings.storage),
+        hub=settings.hub,
     )
     hyperparameters = run.hyperparameters
     for _ in range(halvings):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tunewright_api.references import references
 from tunewright_api.run_config import PVC_MOUNT_ROOT, RUN_ENVIRONMENT_VARIABLE, TrainRun
 from tunewright_api.v1alpha1.finetunejob import FineTuneJobSpec, Resources
 from tunewright_api.v1alpha1.pod import Pod
@@ -55,7 +56,7 @@ def _container(spec: FineTuneJobSpec, run: TrainRun, settings: Settings, claims:
         "name": constants.CONTAINER_NAME,
         "image": pod.image or settings.trainer_image,
         "imagePullPolicy": settings.trainer_image_pull_policy,
-        "env": _environment(run),
+        "env": [*_environment(run), *_hub_token(spec, run)],
         "ports": [{"name": constants.PROGRESS_PORT_NAME, "containerPort": constants.PROGRESS_PORT}],
         "resources": _resources(spec, settings),
         "securityContext": {
@@ -91,7 +92,19 @@ def _environment(run: TrainRun) -> list[Manifest]:
         # Images ask for all GPUs by this variable, and a container runtime gives them even without a request.
         values["NVIDIA_VISIBLE_DEVICES"] = "void"
     writer = {"name": constants.ENV_WRITER, "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}}
-    return [*({"name": name, "value": value} for name, value in values.items()), writer]
+    return [*({"name": name, "value": value} for name, value in values.items()), writer, *_tracking_secret(run)]
+
+
+def _tracking_secret(run: TrainRun) -> list[Manifest]:
+    """Return the credentials of the tracking server by name: other keys of the Secret are no business of the pod."""
+    if run.tracking is None or run.tracking.mlflow is None or run.tracking.mlflow.secret_name is None:
+        return []
+    secret = run.tracking.mlflow.secret_name
+    return [
+        # Optional: a server that asks for more than there is costs a line in the log, never the run.
+        {"name": key, "valueFrom": {"secretKeyRef": {"name": secret, "key": key, "optional": True}}}
+        for key in constants.TRACKING_KEYS
+    ]
 
 
 def _resources(spec: FineTuneJobSpec, settings: Settings) -> Manifest:
@@ -108,12 +121,17 @@ def _resources(spec: FineTuneJobSpec, settings: Settings) -> Manifest:
 
 def _claims(spec: FineTuneJobSpec) -> dict[str, bool]:
     """Return the PersistentVolumeClaims that the run names, and whether each one is only read."""
-    sources = [spec.model.uri, *(s.uri for s in spec.dataset.train), *(s.uri for s in spec.dataset.validation or ())]
-    claims = {claim: True for uri in sources if (claim := _claim_of(uri)) is not None}
+    claims = {claim: True for uri in _input_uris(spec) if (claim := _claim_of(uri)) is not None}
     output = _claim_of(spec.output.uri)
     if output is not None:
         claims[output] = False
     return dict(sorted(claims.items()))
+
+
+def _input_uris(spec: FineTuneJobSpec) -> list[str]:
+    sources = [*spec.dataset.train, *(spec.dataset.validation or ())]
+    artifacts = [reference.uri for reference in references(spec) if reference.uri is not None]
+    return [spec.model.uri, *(source.uri for source in sources), *artifacts]
 
 
 def _claim_of(uri: str) -> str | None:
@@ -151,6 +169,21 @@ def _storage_secret(spec: FineTuneJobSpec, run: TrainRun) -> str | None:
     """Return the Secret with S3 credentials: the spec's own, or the platform's where S3 is used at all."""
     if spec.storage is not None and spec.storage.secret_name is not None:
         return str(spec.storage.secret_name)
-    sources = [*spec.dataset.train, *(spec.dataset.validation or ())]
-    uris = [spec.model.uri, spec.output.uri, *(source.uri for source in sources)]
-    return run.storage.secret_name if any(uri.startswith("s3://") for uri in uris) else None
+    return run.storage.secret_name if any(uri.startswith("s3://") for uri in _uris(spec)) else None
+
+
+def _hub_token(spec: FineTuneJobSpec, run: TrainRun) -> list[Manifest]:
+    """Return the variable with the Hub token: from the spec's own Secret, or the platform's where the Hub is used."""
+    own = spec.hub is not None and spec.hub.secret_name is not None
+    used = spec.output.hub is not None or any(uri.startswith("hf://") for uri in _uris(spec))
+    if run.hub.secret_name is None or not (own or used):
+        return []
+    reference: Manifest = {"name": run.hub.secret_name, "key": constants.HUB_TOKEN_KEY}
+    if not own:
+        # The platform's default may be missing in a namespace that only uses public models.
+        reference["optional"] = True
+    return [{"name": constants.ENV_HUB_TOKEN, "valueFrom": {"secretKeyRef": reference}}]
+
+
+def _uris(spec: FineTuneJobSpec) -> list[str]:
+    return [*_input_uris(spec), spec.output.uri]

@@ -6,6 +6,7 @@ from tunewright_operator.status.decide import decide, refuse_spec
 from tunewright_operator.status.decision import Action, CreateJob, Decision, DeleteJobs
 from tunewright_operator.status.events import TransitionEvent, transition_events
 from tunewright_operator.status.memory import current_attempt, is_finished
+from tunewright_operator.status.references import resolved
 
 __all__ = [
     "Action",
@@ -17,5 +18,6 @@ __all__ = [
     "decide",
     "is_finished",
     "refuse_spec",
+    "resolved",
     "transition_events",
 ]

@@ -15,7 +15,7 @@ from tunewright_api.v1alpha1.status import FineTuneJobStatus, JobRef, Plan
 from tunewright_operator import naming
 from tunewright_operator.observed import ObservedJob, ObservedPod, ObservedRun, Refusal
 from tunewright_operator.settings import Settings
-from tunewright_operator.status import ending, verdict
+from tunewright_operator.status import ending, references, verdict
 from tunewright_operator.status.decision import CreateJob, Decision, DeleteJobs
 from tunewright_operator.status.memory import (
     current_attempt,
@@ -43,7 +43,7 @@ def decide(
     """
     if is_finished(previous):
         return _clean_up(job.spec, previous, seen, now)
-    status = _visited(job, previous, now)
+    status = references.take_over(job.spec, _visited(job, previous, now), seen.references)
     if not job.spec.suspend:
         status = _resumed(status, now)
     if _run_deadline_passed(job.spec, status, now):
@@ -306,6 +306,9 @@ def _next_attempt(status: FineTuneJobStatus, seen: ObservedRun, now: datetime.da
         message = f"waiting for the end of {', '.join(seen.earlier_pods)} of an earlier attempt"
         status = mark(status, now, (ConditionType.PODS_READY, False, Reason.RESTARTING, message))
         return Decision(status, requeue_seconds=_WAIT_FOR_OTHERS_SECONDS)
+    waiting = references.wait(status, seen.references, now)
+    if waiting is not None:
+        return waiting
     return Decision(status, CreateJob(current_attempt(status), halvings(status)))
 
 

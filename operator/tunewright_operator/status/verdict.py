@@ -37,7 +37,13 @@ def judge_success(pod: ObservedPod | None) -> Verdict:
             "does pod.image contain the trainer of this version?"
         )
         return Verdict(Reason.OUTPUT_MISSING, Fate.COUNTED_RETRY, message, 0)
-    return Verdict(Reason.CACHED if report.cached else Reason.SUCCEEDED, Fate.SUCCEEDED, report.message, 0, report)
+    return Verdict(_success_reason(report), Fate.SUCCEEDED, report.message, 0, report)
+
+
+def _success_reason(report: RunReport) -> Reason:
+    if report.cached:
+        return Reason.CACHED
+    return Reason.EARLY_STOPPED if report.reason == Reason.EARLY_STOPPED else Reason.SUCCEEDED
 
 
 def judge_failure(job: ObservedJob, pod: ObservedPod | None, memory_limit: str) -> Verdict:

@@ -178,6 +178,7 @@ def test_every_setting_of_the_operator_can_be_reached(render: Render) -> None:
         "settings": numbers,
         "watchNamespaces": ["a"],
         "storage": {"endpoint": "http://s3:8333", "secretName": "s3"},
+        "hub": {"endpoint": "https://hub.example.com", "secretName": "hf-token"},
     }
     expected = {f"TUNEWRIGHT_{name.upper()}" for name in Settings.model_fields} - {"TUNEWRIGHT_PORT"}
     assert set(environment(render(values))) == expected
@@ -189,6 +190,7 @@ def test_the_operator_understands_what_the_chart_sets(render: Render, monkeypatc
         "logLevel": "debug",
         "trainer": {"image": {"repository": "example.com/trainer", "tag": "v1"}, "resources": {"memory": "3Gi"}},
         "storage": {"endpoint": "http://10.0.0.1:8333", "pathStyle": True, "secretName": "s3", "region": "eu-west-1"},
+        "hub": {"endpoint": "https://hub.example.com/", "secretName": "hf-token"},
         "settings": {"configErrorGraceSeconds": 2.5, "concurrency": 3},
     }
     for name, value in environment(render(values)).items():
@@ -201,6 +203,7 @@ def test_the_operator_understands_what_the_chart_sets(render: Render, monkeypatc
     assert settings.storage.endpoint == "http://10.0.0.1:8333"
     assert (settings.storage.path_style, settings.storage.region) == (True, "eu-west-1")
     assert settings.storage_secret_name == "s3"
+    assert (settings.hub.endpoint, settings.hub.secret_name) == ("https://hub.example.com", "hf-token")
 
 
 def test_the_chart_s_defaults_are_the_operator_s(render: Render, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from tests.unit.operator.builders import (
     NOW,
+    REPORT,
     SETTINGS,
     TIME,
     created,
@@ -117,6 +119,17 @@ def test_success() -> None:
     assert status.usage is not None
     assert (status.usage.gpu_seconds, status.usage.lost_gpu_seconds) == (60, 0)
     assert decision.requeue_seconds is None
+
+
+def test_an_early_stop_is_a_success() -> None:
+    """It is Complete with a reason of its own, and the trainer's words on it."""
+    report = json.dumps({**REPORT, "reason": "EarlyStopped", "message": "stopped early at step 4 of 10"})
+    seen = ObservedRun(job=job(finished="Complete"), pod=ended_pod(0, report=report))
+    status = decide(finetunejob(), created(), seen, later(61), SETTINGS).status
+    assert status.phase == "Complete"
+    complete = find_condition(status.conditions, ConditionType.COMPLETE)
+    assert complete is not None
+    assert (complete.reason, complete.message) == ("EarlyStopped", "stopped early at step 4 of 10")
 
 
 # exit code, further facts of the pod -> cause, fate: final, counted, free

@@ -22,8 +22,9 @@ GOLDEN = Path(__file__).parent / "golden"
 EVERYTHING: dict[str, Any] = {
     "model": {"uri": "pvc://models/llama"},
     "dataset": {"train": [{"uri": "pvc://data.set/train.jsonl"}], "validation": [{"uri": "s3://datasets/v.jsonl"}]},
-    "output": {"uri": "pvc://data.set/out"},
+    "output": {"uri": "pvc://data.set/out", "hub": {"repository": "org/bot", "revision": "v1"}},
     "storage": {"secretName": "mine", "endpoint": "http://10.0.0.1:9000"},
+    "hub": {"secretName": "hf-token", "endpoint": "https://hub.example.com/"},
     "resources": {
         "gpus": 1, "gpuResource": "amd.com/gpu", "cpu": 8, "memory": "64Gi", "ephemeralStorage": "100Gi",
         "sharedMemory": "8Gi",
@@ -102,6 +103,62 @@ def test_credentials(changes: dict[str, Any], secret: str | None) -> None:
     manifest = build_job(finetunejob(**changes), 1, 0, Settings(storage_secret_name="platform"))
     (container,) = manifest["spec"]["template"]["spec"]["containers"]
     assert container.get("envFrom") == ([{"secretRef": {"name": secret}}] if secret else None)
+
+
+def test_a_reward_model_is_an_input() -> None:
+    """Its claim is mounted, read-only, and in S3 it needs credentials."""
+    volumes: dict[str, Any] = {
+        "model": {"uri": "pvc://models/base"},
+        "dataset": {"train": [{"uri": "pvc://data/train.jsonl"}]},
+        "output": {"uri": "pvc://data/out"},
+    }
+    containers = []
+    for uri in ("pvc://judges/a", "s3://models/judge"):
+        reward = {"type": "Model", "model": {"uri": uri}}
+        job = finetunejob(**volumes, objective={"type": "GRPO", "grpo": {"rewards": [reward]}})
+        manifest = build_job(job, 1, 0, Settings(storage_secret_name="platform"))
+        containers += manifest["spec"]["template"]["spec"]["containers"]
+    mounts = {mount["mountPath"]: mount.get("readOnly") for mount in containers[0]["volumeMounts"]}
+    assert mounts["/mnt/pvc/judges"] is True
+    assert "envFrom" not in containers[0]
+    assert containers[1]["envFrom"] == [{"secretRef": {"name": "platform"}}]
+
+
+HUB_OUTPUT = {"uri": "pvc://data/out", "hub": {"repository": "org/bot"}}
+ELSEWHERE = {"model": {"uri": "pvc://data/base"}, "output": {"uri": "pvc://data/out"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "secret"),
+    [
+        ({}, {"name": "platform", "key": "token", "optional": True}),
+        ({"hub": {"secretName": "own"}}, {"name": "own", "key": "token"}),
+        ({**ELSEWHERE, "output": HUB_OUTPUT}, {"name": "platform", "key": "token", "optional": True}),
+        (ELSEWHERE, None),
+        ({"hub": {"endpoint": "https://another.example.com"}}, None),
+    ],
+)
+def test_the_hub_token(changes: dict[str, Any], secret: dict[str, Any] | None) -> None:
+    """The spec's Secret wins; the platform's may be missing, and goes to no other hub than the platform's."""
+    manifest = build_job(finetunejob(**changes), 1, 0, Settings(hub_secret_name="platform"))
+    (container,) = manifest["spec"]["template"]["spec"]["containers"]
+    found = [entry["valueFrom"] for entry in container["env"] if entry["name"] == "HF_TOKEN"]
+    assert found == ([{"secretKeyRef": secret}] if secret else [])
+
+
+def test_the_tracking_server_gets_its_own_credentials_and_no_more() -> None:
+    """Three keys of the Secret by name, none of which must be there; nothing without a Secret."""
+    server = {"uri": "http://mlflow:5000"}
+    for secret, expected in ((None, []), ("mlflow", ["TOKEN", "USERNAME", "PASSWORD"])):
+        tracking = {"mlflow": {**server, **({"secretName": secret} if secret else {})}}
+        (container,) = build_job(finetunejob(tracking=tracking), 1, 0, SETTINGS)["spec"]["template"]["spec"][
+            "containers"
+        ]
+        entries = [entry for entry in container["env"] if entry["name"].startswith("MLFLOW_")]
+        assert [entry["name"] for entry in entries] == [f"MLFLOW_TRACKING_{name}" for name in expected]
+        for entry in entries:
+            reference = {"name": secret, "key": entry["name"], "optional": True}
+            assert entry["valueFrom"] == {"secretKeyRef": reference}
 
 
 def test_user_labels_do_not_hide_ours() -> None:

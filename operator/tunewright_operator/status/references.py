@@ -1,0 +1,75 @@
+"""Waiting for the results of other FineTuneJobs. Pure."""
+
+from __future__ import annotations
+
+import datetime
+
+from tunewright_api.conditions import ConditionType, Reason
+from tunewright_api.references import with_results
+from tunewright_api.v1alpha1.finetunejob import FineTuneJob, FineTuneJobSpec
+from tunewright_api.v1alpha1.status import FineTuneJobStatus, Plan, ResolvedReference
+from tunewright_operator.observed import ObservedReference
+from tunewright_operator.status import ending
+from tunewright_operator.status.decision import Decision
+from tunewright_operator.status.memory import mark
+
+
+def take_over(
+    spec: FineTuneJobSpec, status: FineTuneJobStatus, seen: tuple[ObservedReference, ...]
+) -> FineTuneJobStatus:
+    """Return the status with the results that are there now; what a name stood for once, it stands for to the end."""
+    found = [
+        ResolvedReference(fine_tune_job=other.name, manifest_uri=other.manifest_uri)
+        for other in seen
+        if other.manifest_uri is not None
+    ]
+    if found:
+        status = status.model_copy(update={"references": [*(status.references or ()), *found]})
+    start = with_results(spec.model, _manifests(status)).continue_from
+    if start is not None and start.uri is not None and status.plan is not None and status.plan.continued_from is None:
+        plan: Plan = status.plan.model_copy(update={"continued_from": start.uri})
+        status = status.model_copy(update={"plan": plan})
+    return status
+
+
+def wait(status: FineTuneJobStatus, seen: tuple[ObservedReference, ...], now: datetime.datetime) -> Decision | None:
+    """Return what follows from results that are not there; None when all are.
+
+    Waiting asks nothing of the API server: events of the others bring us back.
+    """
+    missing = [other for other in seen if other.manifest_uri is None]
+    for other in missing:
+        if other.state in ("Failed", "Circular"):
+            return Decision(ending.fail(status, Reason.DEPENDENCY_FAILED, _why(other), now))
+    if not missing:
+        return None
+    message = f"waiting for the result of {', '.join(_what(other) for other in missing)}"
+    status = mark(status, now, (ConditionType.PODS_READY, False, Reason.WAITING_FOR_FINETUNEJOB, message))
+    return Decision(status.model_copy(update={"phase": "Pending"}))
+
+
+def resolved(job: FineTuneJob, status: FineTuneJobStatus) -> FineTuneJob:
+    """Return the FineTuneJob with the addresses of results in place of names."""
+    return job.model_copy(update={"spec": with_results(job.spec, _manifests(status))})
+
+
+def _manifests(status: FineTuneJobStatus) -> dict[str, str]:
+    return {reference.fine_tune_job: reference.manifest_uri for reference in status.references or ()}
+
+
+def _what(other: ObservedReference) -> str:
+    if other.state == "Missing":
+        return f"FineTuneJob {other.name}, which does not exist: create it in this namespace"
+    return f"FineTuneJob {other.name} ({other.detail})"
+
+
+def _why(other: ObservedReference) -> str:
+    if other.state == "Circular":
+        return (
+            f"these FineTuneJobs wait for one another, and none can start: {other.detail}. "
+            "Create one of them under another name, with a result that is there"
+        )
+    return (
+        f"FineTuneJob {other.name}, whose result this one needs, has failed: {other.detail}. Create both again under "
+        "other names once that is corrected"
+    )
