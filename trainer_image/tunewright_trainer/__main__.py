@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from tunewright_api.exit_codes import ExitCode
 from tunewright_api.run_config import RUN_ENVIRONMENT_VARIABLE, TrainRun
 from tunewright_api.run_report import Progress
-from tunewright_trainer import supervisor
+from tunewright_trainer import reports, supervisor
 from tunewright_trainer.errors import InternalError, InvalidConfiguration, TrainerError
 from tunewright_trainer.run_log import Redactor
 from tunewright_trainer.settings import SupervisorSettings
@@ -47,7 +47,7 @@ def main() -> int:
         text = f"{type(error).__name__}: {error} (a fault of the trainer; the traceback is in the log)"
         failure = InternalError(text)
     progress = Progress(stage="Starting", updated_at=now())
-    report = supervisor.failure_report(failure, progress, None, redact(str(failure)))
+    report = reports.failed(failure, progress, None, redact(str(failure)))
     sys.stdout.write(f"failed: {report.reason} (exit code {report.exit_code}): {report.message}\n")
     supervisor.write_report(report, settings)
     return report.exit_code

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic import BaseModel
@@ -14,6 +14,13 @@ from tunewright_trainer.errors import Diverged
 from tunewright_trainer.protocol import EvaluationEvent, StageEvent, StepEvent
 
 Report = Callable[[BaseModel], None]
+_OWN_FIELDS = frozenset(
+    {
+        *("loss", "learning_rate", "grad_norm", "num_tokens", "epoch", "step"),
+        *("runtime", "samples_per_second", "steps_per_second", "model_preparation_time"),
+    }
+)
+"""Logged numbers that have a field of their own, or say how fast an evaluation was."""
 
 
 class ProgressCallback(TrainerCallback):
@@ -49,7 +56,7 @@ class ProgressCallback(TrainerCallback):
         if logs is None or "loss" not in logs:
             return
         seconds = self._clock() - self._began
-        tokens = int(logs["num_tokens"])
+        tokens = int(logs.get("num_tokens", 0))
         self._report(
             StepEvent(
                 step=state.global_step,
@@ -57,8 +64,9 @@ class ProgressCallback(TrainerCallback):
                 loss=logs["loss"],
                 learning_rate=logs["learning_rate"],
                 grad_norm=logs.get("grad_norm"),
-                tokens=tokens,
-                tokens_per_second=(tokens - self._tokens) / seconds if seconds > 0 else None,
+                tokens=tokens or None,
+                tokens_per_second=(tokens - self._tokens) / seconds if tokens and seconds > 0 else None,
+                metrics=further(logs),
             )
         )
         self._tokens = tokens
@@ -81,11 +89,19 @@ class ProgressCallback(TrainerCallback):
             Diverged: The loss is NaN or infinite.
         """
         self._evaluating = False
-        loss: float = context["metrics"]["eval_loss"]
-        self._report(EvaluationEvent(step=state.global_step, loss=loss))
+        metrics: dict[str, float] = context["metrics"]
+        loss = metrics["eval_loss"]
+        named = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+        self._report(EvaluationEvent(step=state.global_step, loss=loss, metrics=further(named)))
         check_loss(loss, f"evaluation loss at step {state.global_step}")
         if 0 < state.global_step < state.max_steps:
             self._report(StageEvent(stage="Training"))
+
+
+def further(logs: Mapping[str, float]) -> dict[str, float] | None:
+    """Return what a recipe logs besides loss and speed: rewards, margins, accuracy."""
+    found = {name: float(value) for name, value in logs.items() if name not in _OWN_FIELDS}
+    return {name: value for name, value in found.items() if math.isfinite(value)} or None
 
 
 def check_loss(loss: float, what: str) -> None:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from tunewright_api.v1alpha1.parts import Columns
-from tunewright_trainer.data_files import kind_of
+from tunewright_api.v1alpha1.finetunejob import FORMATS
+from tunewright_api.v1alpha1.objective import ObjectiveType
+from tunewright_api.v1alpha1.parts import Columns, Dataset
+from tunewright_trainer import judged_formats, prompt_format
 from tunewright_trainer.errors import InvalidConfiguration, InvalidData
+from tunewright_trainer.fields import ROLES, BadField, Names, chat, listed, string, tools
 from tunewright_trainer.protocol import RowFormat
+from tunewright_trainer.templates import check_prompt_template, fill_prompt, split_at_response
 
-Format = Literal["Text", "PromptCompletion", "Messages", "Alpaca", "ShareGPT"]
-Names = Mapping[str, str]
-"""Name of a format's field -> name of the column in the data."""
-
+Format = Literal[
+    "Text", "PromptCompletion", "Messages", "Alpaca", "ShareGPT", "Preference", "UnpairedPreference", "Prompts",
+    "Labelled",
+]  # fmt: skip
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
@@ -27,7 +31,6 @@ ALPACA_WITHOUT_INPUT = (
 )
 """The texts of the original Alpaca release, which models trained on such data expect."""
 
-ROLES = {"system", "user", "assistant", "tool"}
 SHAREGPT_ROLES = {
     "system": "system",
     "human": "user",
@@ -42,15 +45,6 @@ SHAREGPT_ROLES = {
     "function": "tool",
     "observation": "tool",
 }
-
-
-class BadField(Exception):
-    """A field of one row is unusable; the reader of the file adds the place."""
-
-    def __init__(self, field: str | None, message: str) -> None:
-        super().__init__(message)
-        self.field = field
-        self.message = message
 
 
 @dataclass(frozen=True)
@@ -69,6 +63,8 @@ class ChosenFormat:
     row_format: RowFormat
     names: Names
     why: str
+    prompt_template: str | None = None
+    response_template: str | None = None
 
     def normalise(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the row as the worker reads it.
@@ -79,11 +75,45 @@ class ChosenFormat:
         shape = _SHAPES[self.name]
         for field in shape.required:
             if self.names[field] not in values:
-                raise BadField(self.names[field], f"is missing; the row has {_listed(values)}")
-        return shape.normalise(values, self.names)
+                raise BadField(self.names[field], f"is missing; the row has {listed(values)}")
+        row = shape.normalise(values, self.names)
+        if self.prompt_template is not None:
+            return {"prompt": fill_prompt(self.prompt_template, values), "completion": row["completion"]}
+        if self.response_template is not None:
+            return split_at_response(row["text"], self.response_template, self.names["text"])
+        return row
 
 
-def choose_format(wanted: str, columns: Columns | None, first: Mapping[str, Any], place: str) -> ChosenFormat:
+def with_templates(chosen: ChosenFormat, dataset: Dataset, first: Mapping[str, Any], place: str) -> ChosenFormat:
+    """Return the format with the data set's templates: its rows are plain text then.
+
+    Raises:
+        InvalidConfiguration: The rows are of a format that the template is not for, or lack a column that it names.
+    """
+    for field, template, formats in (
+        ("promptTemplate", dataset.prompt_template, ("PromptCompletion", "Alpaca")),
+        ("responseTemplate", dataset.response_template, ("Text",)),
+    ):
+        if template is not None and chosen.name not in formats:
+            raise InvalidConfiguration(
+                f"dataset.{field} is for rows of format {' or '.join(formats)}, but {place} has format {chosen.name} "
+                f"({chosen.why}): remove it, or set dataset.format"
+            )
+    if dataset.prompt_template is not None:
+        check_prompt_template(dataset.prompt_template, first, place)
+    if dataset.prompt_template is None and dataset.response_template is None:
+        return chosen
+    return replace(
+        chosen,
+        row_format="PlainCompletion",
+        prompt_template=dataset.prompt_template,
+        response_template=dataset.response_template,
+    )
+
+
+def choose_format(
+    wanted: str, columns: Columns | None, first: Mapping[str, Any], place: str, objective: ObjectiveType = "SFT"
+) -> ChosenFormat:
     """Settle the format of a data set by its first row.
 
     Args:
@@ -91,6 +121,7 @@ def choose_format(wanted: str, columns: Columns | None, first: Mapping[str, Any]
         columns: dataset.columns.
         first: The first row.
         place: Where it stands, for messages.
+        objective: What is learned; Auto chooses among the formats that it can learn from.
 
     Raises:
         InvalidConfiguration: A rename is for a field that the format does not have.
@@ -102,13 +133,13 @@ def choose_format(wanted: str, columns: Columns | None, first: Mapping[str, Any]
         field, column = next(iter(absent.items()))
         raise InvalidData(f"{place}: dataset.columns.{field}: {_no_column(column, first)}")
     if wanted == "Auto":
-        return _detect(renames, first, place)
+        return _detect(renames, first, place, objective)
     name: Format = wanted  # type: ignore[assignment]  # the schema allows nothing else
     shape = _SHAPES[name]
     foreign = [field for field in renames if field not in shape.required + shape.optional]
     if foreign:
         raise InvalidConfiguration(
-            f"dataset.columns.{foreign[0]} is not a field of format {name}, which has {_listed(shape.required)}"
+            f"dataset.columns.{foreign[0]} is not a field of format {name}, which has {listed(shape.required)}"
         )
     names = _names(shape, renames, first)
     for field in shape.required:
@@ -117,20 +148,35 @@ def choose_format(wanted: str, columns: Columns | None, first: Mapping[str, Any]
     return ChosenFormat(name, shape.row_format, names, "set by dataset.format")
 
 
-def _detect(renames: Names, first: Mapping[str, Any], place: str) -> ChosenFormat:
-    for name, shape in _SHAPES.items():
-        names = _names(shape, renames, first)
-        fields = shape.required + shape.optional
-        if not all(field in fields for field in renames) or not all(names[f] in first for f in shape.required):
-            continue
-        if name in ("Messages", "ShareGPT") and (name == "ShareGPT") != _looks_sharegpt(first[names["messages"]]):
-            continue
-        return ChosenFormat(name, shape.row_format, names, f"columns {_listed(names[f] for f in shape.required)}")
-    known = "; ".join(f"{name} ({_listed(shape.required)})" for name, shape in _SHAPES.items())
+def _detect(renames: Names, first: Mapping[str, Any], place: str, objective: ObjectiveType) -> ChosenFormat:
+    fitting = [name for name in _SHAPES if _fits(name, renames, first)]
+    for name in fitting:
+        if name in FORMATS[objective]:
+            shape = _SHAPES[name]
+            names = _names(shape, renames, first)
+            return ChosenFormat(name, shape.row_format, names, f"columns {listed(names[f] for f in shape.required)}")
+    if fitting:
+        raise InvalidData(
+            f"{place}: the rows have format {fitting[0]}, which objective {objective} cannot learn from: it takes "
+            f"{_formats(FORMATS[objective])}. Change objective.type, or the rows"
+        )
     raise InvalidData(
-        f"{place}: columns {_listed(first)} fit no format: {known}. Rename with dataset.columns, "
-        "for example columns: {prompt: question, completion: answer}"
+        f"{place}: columns {listed(first)} fit no format: {_formats(FORMATS[objective])}. Rename with "
+        "dataset.columns, for example columns: {prompt: question, completion: answer}"
     )
+
+
+def _fits(name: Format, renames: Names, first: Mapping[str, Any]) -> bool:
+    shape = _SHAPES[name]
+    names = _names(shape, renames, first)
+    fields = shape.required + shape.optional
+    if not all(field in fields for field in renames) or not all(names[f] in first for f in shape.required):
+        return False
+    return name not in ("Messages", "ShareGPT") or (name == "ShareGPT") == _looks_sharegpt(first[names["messages"]])
+
+
+def _formats(names: Sequence[str]) -> str:
+    return "; ".join(f"{name} ({listed(shape.required)})" for name, shape in _SHAPES.items() if name in names)
 
 
 def _names(shape: _Shape, renames: Names, first: Mapping[str, Any]) -> dict[str, str]:
@@ -146,95 +192,64 @@ def _looks_sharegpt(turns: Any) -> bool:
 
 
 def _text(values: Mapping[str, Any], names: Names) -> dict[str, Any]:
-    return {"text": _string(values, names["text"])}
+    return {"text": string(values, names["text"])}
 
 
 def _prompt_completion(values: Mapping[str, Any], names: Names) -> dict[str, Any]:
-    return {field: _string(values, names[field]) for field in ("prompt", "completion")}
+    return {field: string(values, names[field]) for field in ("prompt", "completion")}
 
 
 def _alpaca(values: Mapping[str, Any], names: Names) -> dict[str, Any]:
-    instruction = _string(values, names["instruction"])
+    instruction = string(values, names["instruction"])
     further = values.get(names["input"])
     if further is None or further == "":
         prompt = ALPACA_WITHOUT_INPUT.format(instruction=instruction)
     else:
-        prompt = ALPACA_WITH_INPUT.format(instruction=instruction, input=_string(values, names["input"]))
-    return {"prompt": prompt, "completion": _string(values, names["output"])}
+        prompt = ALPACA_WITH_INPUT.format(instruction=instruction, input=string(values, names["input"]))
+    return {"prompt": prompt, "completion": string(values, names["output"])}
 
 
 def _messages(values: Mapping[str, Any], names: Names) -> dict[str, Any]:
-    return _chat(values, names["messages"], "role", "content", {role: role for role in ROLES})
+    row = _answered_chat(values, names["messages"], "role", "content", {role: role for role in ROLES})
+    schemas = tools(values.get(names["tools"]), names["tools"])
+    return row if schemas is None else {**row, "tools": schemas}
 
 
 def _sharegpt(values: Mapping[str, Any], names: Names) -> dict[str, Any]:
-    return _chat(values, names["messages"], "from", "value", SHAREGPT_ROLES)
+    return _answered_chat(values, names["messages"], "from", "value", SHAREGPT_ROLES)
 
 
-def _chat(
+def _answered_chat(
     values: Mapping[str, Any], column: str, role_key: str, text_key: str, roles: Mapping[str, str]
 ) -> dict[str, Any]:
-    turns = values[column]
-    if not isinstance(turns, list):
-        raise BadField(column, f"must be a list of turns, is {kind_of(turns)}")
-    if not turns:
-        raise BadField(column, "is an empty list")
-    messages = []
-    for index, turn in enumerate(turns):
-        place = f"{column}[{index}]"
-        if not isinstance(turn, dict):
-            raise BadField(place, f"must be an object with {role_key!r} and {text_key!r}, is {kind_of(turn)}")
-        if turn.get("tool_calls"):
-            raise BadField(f"{place}.tool_calls", "tool calls are not trained on: write them as text into the content")
-        if role_key not in turn:
-            raise BadField(f"{place}.{role_key}", f"is missing; the turn has {_listed(turn)}")
-        role = turn[role_key]
-        if not isinstance(role, str) or role not in roles:
-            raise BadField(f"{place}.{role_key}", f"unknown role {role!r}: known are {_listed(sorted(roles))}")
-        empty_is_fine = roles[role] == "system"
-        messages.append({"role": roles[role], "content": _string(turn, text_key, f"{place}.", empty_is_fine)})
+    messages = chat(values, column, role_key, text_key, roles)
     if all(message["role"] != "assistant" for message in messages):
         raise BadField(column, "has no assistant turn, so there is nothing to learn from")
     return {"messages": messages}
 
 
-def _string(values: Mapping[str, Any], name: str, prefix: str = "", empty_is_fine: bool = False) -> str:
-    if name not in values:
-        raise BadField(prefix + name, f"is missing; there are {_listed(values)}")
-    value = values[name]
-    if not isinstance(value, str):
-        hint = "; chats have format Messages" if isinstance(value, list) and not prefix else ""
-        raise BadField(prefix + name, f"must be a string, is {kind_of(value)}{hint}")
-    if not value.strip() and not empty_is_fine:
-        raise BadField(prefix + name, "is empty")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise BadField(prefix + name, "holds half of a surrogate pair, which is no character") from None
-    return value
-
-
 def _no_column(column: str, values: Mapping[str, Any]) -> str:
     near = difflib.get_close_matches(column, [str(name) for name in values], n=1, cutoff=0.5)
     nearest = f"did you mean {near[0]!r}? " if near else ""
-    return f"there is no column {column!r}: {nearest}The columns are {_listed(values)}"
+    return f"there is no column {column!r}: {nearest}The columns are {listed(values)}"
 
 
 def _rename_hint(field: str) -> str:
     return f"rename with dataset.columns.{field}, or choose another dataset.format"
 
 
-def _listed(names: Any) -> str:
-    shown = [repr(str(name)[:64]) for name in names]
-    return ", ".join(shown[:20]) + (f" and {len(shown) - 20} more" if len(shown) > 20 else "") or "none"
-
-
 _SHAPES: dict[Format, _Shape] = {
-    "Messages": _Shape("Messages", ("messages",), (), _messages),
+    "Messages": _Shape("Messages", ("messages",), ("tools",), _messages),
     "ShareGPT": _Shape("Messages", ("messages",), (), _sharegpt),
     "PromptCompletion": _Shape("PromptCompletion", ("prompt", "completion"), (), _prompt_completion),
     "Alpaca": _Shape("PromptCompletion", ("instruction", "output"), ("input",), _alpaca),
     "Text": _Shape("Text", ("text",), (), _text),
+    "Preference": _Shape("Preference", ("chosen", "rejected"), ("prompt",), judged_formats.preference),
+    "UnpairedPreference": _Shape(
+        "UnpairedPreference", ("prompt", "completion", "label"), (), judged_formats.unpaired_preference
+    ),
+    "Labelled": _Shape("Labelled", ("text", "label"), (), judged_formats.labelled),
+    # Last: whatever else a row with a prompt could be, it could also be this.
+    "Prompts": _Shape("Prompts", ("prompt",), (), prompt_format.prompts),
 }
 """In the order in which Auto tries them: a row with chat turns and a text rendering of them is a chat."""

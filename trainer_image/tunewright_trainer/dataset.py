@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from tunewright_api.v1alpha1.objective import ObjectiveType
 from tunewright_api.v1alpha1.parts import Dataset, DataSource
 from tunewright_trainer.data_files import BadRow, Row, read_rows
-from tunewright_trainer.data_formats import BadField, ChosenFormat, choose_format
+from tunewright_trainer.data_formats import ChosenFormat, choose_format, with_templates
 from tunewright_trainer.errors import InvalidData
+from tunewright_trainer.fields import BadField
+from tunewright_trainer.prompt_format import check_columns
 from tunewright_trainer.transfer import Advance, Stop
 
 MAX_BAD_ROWS = 20
@@ -52,17 +55,26 @@ class BadRows(InvalidData):
 
 
 def prepare(
-    dataset: Dataset, paths: Mapping[str, Path], folder: Path, seed: int, stop: Stop, advance: Advance
+    dataset: Dataset,
+    paths: Mapping[str, Path],
+    folder: Path,
+    seed: int,
+    stop: Stop,
+    advance: Advance,
+    objective: ObjectiveType = "SFT",
+    reward_columns: Sequence[str] = (),
 ) -> PreparedData:
     """Check and normalise a data set.
 
     Args:
         dataset: What is wanted.
-        paths: Where each source lies on this machine, by URI.
+        paths: Where each source lies on this machine, by its address.
         folder: Where train.jsonl and validation.jsonl go.
         seed: Chooses the rows of validationFraction.
         stop: Ends the work when it is requested.
         advance: Told the bytes read.
+        objective: What is learned from the rows.
+        reward_columns: Columns that rewards read besides the prompt.
 
     Raises:
         BadRows: Rows are unusable.
@@ -71,7 +83,7 @@ def prepare(
         Preempted: A stop was requested.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    job = _Preparation(dataset, paths, stop, advance)
+    job = _Preparation(dataset, objective, reward_columns, paths, seed, stop, advance)
     train_path, validation_path = folder / "train.jsonl", folder / "validation.jsonl"
     train_rows = job.write(dataset.train, train_path)
     validation_rows = job.write(dataset.validation, validation_path) if dataset.validation else 0
@@ -104,11 +116,23 @@ def validation_count(rows: int, fraction: float) -> int:
 class _Preparation:
     """What has been seen over all files: the format, and the bad rows."""
 
-    def __init__(self, dataset: Dataset, paths: Mapping[str, Path], stop: Stop, advance: Advance) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        objective: ObjectiveType,
+        reward_columns: Sequence[str],
+        paths: Mapping[str, Path],
+        seed: int,
+        stop: Stop,
+        advance: Advance,
+    ) -> None:
         self.format: ChosenFormat | None = None
         self.bad: list[str] = []
         self._dataset = dataset
+        self._objective = objective
+        self._reward_columns = reward_columns
         self._paths = paths
+        self._seed = seed
         self._stop = stop
         self._advance = advance
 
@@ -119,29 +143,46 @@ class _Preparation:
 
     def _write_source(self, source: DataSource, output: TextIO) -> int:
         written = 0
-        for seen, row in enumerate(read_rows(self._paths[source.uri], source.uri, self._advance)):
+        copies = _Copies(source.weight, self._seed)
+        for seen, row in enumerate(read_rows(self._paths[source.address], source.uri, self._advance)):
             if seen == source.max_samples or len(self.bad) >= MAX_BAD_ROWS:
                 break
             if seen % STOP_CHECK_ROWS == 0:
                 self._stop.check()
             values = self._normalised(source.uri, row)
             if values is not None:
-                output.write(json.dumps(values, ensure_ascii=False) + "\n")
-                written += 1
+                count = copies.next()
+                output.write((json.dumps(values, ensure_ascii=False) + "\n") * count)
+                written += count
         return written
 
     def _normalised(self, uri: str, row: Row | BadRow) -> dict[str, Any] | None:
         if isinstance(row, Row):
             if self.format is None:
                 place = f"{uri}: {row.place}"
-                self.format = choose_format(self._dataset.format, self._dataset.columns, row.values, place)
+                dataset = self._dataset
+                chosen = choose_format(dataset.format, dataset.columns, row.values, place, self._objective)
+                self.format = with_templates(chosen, dataset, row.values, place)
             try:
+                check_columns(row.values, self._reward_columns)
                 return self.format.normalise(row.values)
             except BadField as error:
                 row = BadRow(row.place, error.message, error.field)
         field = f": {row.field}" if row.field else ""
         self.bad.append(f"{uri}: {row.place}{field}: {row.message}")
         return None
+
+
+class _Copies:
+    """How often each row of a source is written: its weight, drawn where that is no whole number."""
+
+    def __init__(self, weight: float, seed: int) -> None:
+        self._whole, self._rest = int(weight), weight % 1
+        self._random = random.Random(seed)  # noqa: S311 - a draw, not a secret
+
+    def next(self) -> int:
+        """Return the number of copies of the next row."""
+        return self._whole + (self._rest > 0 and self._random.random() < self._rest)
 
 
 def _split(train: Path, validation: Path, rows: int, held_out: int, seed: int) -> None:

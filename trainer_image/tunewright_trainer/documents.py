@@ -13,6 +13,18 @@ from tunewright_trainer.inputs import Inputs
 from tunewright_trainer.protocol import ResultEvent
 
 HUB_PREFIX = "hf://"
+DATASET_PREFIX = "hf://datasets/"
+THIS_FOLDER = '"PATH/TO/THIS/FOLDER"'
+"""Stands in the card's code for the result, wherever somebody has put it."""
+_OBJECTIVES = {
+    "SFT": "supervised fine-tuning",
+    "DPO": "direct preference optimization",
+    "KTO": "Kahneman-Tversky optimization",
+    "Reward": "reward model",
+    "GRPO": "group relative policy optimization",
+    "PPO": "proximal policy optimization",
+    "Classification": "text classification",
+}
 
 
 @dataclass(frozen=True)
@@ -56,9 +68,11 @@ def run_json(finished: Finished) -> str:
         "run": finished.run.document(),
         "inputs": {
             "model": {"uri": inputs.model.uri, "version": inputs.model.version},
+            **_adapter_input(inputs),
             "data": [
                 {"uri": uri, "version": file.version, "bytes": file.size_bytes} for uri, file in inputs.data.items()
             ],
+            "rewardModels": [{"uri": uri, "digest": digest} for uri, digest in inputs.reward_versions.items()],
         },
         "data": {"format": finished.data.format.name, "why": finished.data.format.why},
         "plan": finished.plan.document(),
@@ -70,14 +84,23 @@ def run_json(finished: Finished) -> str:
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
+def _adapter_input(inputs: Inputs) -> dict[str, Any]:
+    if inputs.adapter is None:
+        return {}
+    return {"adapter": {"manifestUri": inputs.adapter.manifest_uri, "digest": inputs.adapter.digest}}
+
+
 def card(finished: Finished) -> str:
     """Return README.md in the form that the Hugging Face Hub reads."""
     run = finished.run
     base = _base_name(finished.inputs)
     adapter = finished.result.kind == "Adapter"
     front = [f"base_model: {json.dumps(base)}"] if run.model.uri.startswith(HUB_PREFIX) else []
-    front += [f"library_name: {'peft' if adapter else 'transformers'}", "pipeline_tag: text-generation"]
-    front += ["tags:", "- tunewright", "- sft", *([f"- {run.method.lower()}"] if adapter else [])]
+    front += _hub_datasets(finished.inputs)
+    task = "text-generation" if _predicts_tokens(run) else "text-classification"
+    front += [f"library_name: {'peft' if adapter else 'transformers'}", f"pipeline_tag: {task}"]
+    front += ["tags:", "- tunewright", f"- {run.objective.type.lower()}"]
+    front += [f"- {run.method.lower()}"] if adapter else []
     hyperparameters = "\n".join(f"| {name} | {value} |" for name, value in run.hyperparameters.document().items())
     return "\n".join(
         [
@@ -88,7 +111,7 @@ def card(finished: Finished) -> str:
             f"# {run.name}",
             "",
             f"{'An adapter for' if adapter else 'A fine-tuned copy of'} `{base}` "
-            f"({run.method}, supervised fine-tuning), trained by tunewright.",
+            f"({run.method}, {_OBJECTIVES[run.objective.type]}), trained by tunewright{_start(finished.inputs)}.",
             "",
             "## Result",
             "",
@@ -121,6 +144,25 @@ def card(finished: Finished) -> str:
     )
 
 
+def _start(inputs: Inputs) -> str:
+    """Say which adapter the training went on from."""
+    return f" from the adapter of `{inputs.adapter.manifest_uri}` on" if inputs.adapter is not None else ""
+
+
+def card_on_hub(card: str, repository: str, revision: str | None) -> str:
+    """Return a card whose code loads the result from a repository on the Hub."""
+    branch = f", revision={json.dumps(revision)}" if revision is not None else ""
+    return card.replace(THIS_FOLDER, json.dumps(repository) + branch)
+
+
+def _hub_datasets(inputs: Inputs) -> list[str]:
+    names = (
+        "/".join(uri.removeprefix(DATASET_PREFIX).split("/")[:2]) for uri in inputs.data if uri.startswith(HUB_PREFIX)
+    )
+    unique = list(dict.fromkeys(names))
+    return ["datasets:", *(f"- {json.dumps(name)}" for name in unique)] if unique else []
+
+
 def _result_lines(finished: Finished) -> list[str]:
     lines = []
     evaluation = finished.evaluation
@@ -128,26 +170,38 @@ def _result_lines(finished: Finished) -> list[str]:
         lines.append(
             f"Loss on the validation rows: **{evaluation.base:.4f}** before, **{evaluation.tuned:.4f}** after."
         )
+        after = evaluation.tuned_metrics or {}
+        for name, before in (evaluation.base_metrics or {}).items():
+            if name in after:
+                lines.append(f"{name}: {before:.4f} before, {after[name]:.4f} after.")
     if finished.loss is not None:
         lines.append(f"Training loss of the last step: {finished.loss:.4f}.")
     lines.append(f"{finished.result.steps} steps in {finished.result.train_seconds:.0f} s.")
     return lines
 
 
+def _predicts_tokens(run: TrainRun) -> bool:
+    return run.objective.type not in ("Reward", "Classification")
+
+
 def _loading(finished: Finished) -> list[str]:
-    imports = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
-    lines = ['model = AutoModelForCausalLM.from_pretrained("PATH/TO/THIS/FOLDER")']
+    kind, head = "AutoModelForCausalLM", ""
+    if not _predicts_tokens(finished.run):
+        kind = "AutoModelForSequenceClassification"
+        head = f", num_labels={len(finished.result.outputs or ())}"
+    imports = [f"from transformers import {kind}, AutoTokenizer"]
+    lines = [f"model = {kind}.from_pretrained({THIS_FOLDER})"]
     if finished.result.kind == "Adapter":
         base = _base_name(finished.inputs)
         on_hub = finished.inputs.model.hub is not None
         imports.insert(0, "from peft import PeftModel")
         lines = [
-            f"model = AutoModelForCausalLM.from_pretrained({json.dumps(base)})"
+            f"model = {kind}.from_pretrained({json.dumps(base)}{head})"
             if on_hub
-            else f'model = AutoModelForCausalLM.from_pretrained("PATH/TO/THE/BASE/MODEL")  # a copy of {base}',
-            'model = PeftModel.from_pretrained(model, "PATH/TO/THIS/FOLDER")',
+            else f'model = {kind}.from_pretrained("PATH/TO/THE/BASE/MODEL"{head})  # a copy of {base}',
+            f"model = PeftModel.from_pretrained(model, {THIS_FOLDER})",
         ]
-    lines.append('tokenizer = AutoTokenizer.from_pretrained("PATH/TO/THIS/FOLDER")')
+    lines.append(f"tokenizer = AutoTokenizer.from_pretrained({THIS_FOLDER})")
     return ["```python", *imports, "", *lines, "```"]
 
 

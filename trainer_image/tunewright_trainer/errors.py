@@ -4,6 +4,7 @@ TrainerError
 ├── InvalidInput            20  the same input fails again: never retried
 │   ├── InvalidData             rows, or a file of rows
 │   ├── InvalidModel            the base model's files
+│   ├── InvalidAdapter          the adapter to go on from
 │   ├── InvalidConfiguration    the run document, alone or against the hardware
 │   ├── MissingBucket
 │   ├── MissingFile
@@ -12,6 +13,7 @@ TrainerError
 ├── AccessDenied            21  storage or hub refused the credentials
 ├── GpuOutOfMemory          22
 ├── StorageUnavailable      23  an outage outlasted all retries
+│   └── HubUnavailable
 ├── Diverged                24
 ├── Preempted               25
 ├── Stalled                 26
@@ -53,6 +55,12 @@ class InvalidModel(InvalidInput):
     """The base model's files are incomplete, damaged or of a kind that is not loaded."""
 
     reason = "InvalidModel"
+
+
+class InvalidAdapter(InvalidInput):
+    """The adapter of model.continueFrom is damaged, no adapter, or not one of this model and method."""
+
+    reason = "InvalidAdapter"
 
 
 class InvalidConfiguration(InvalidInput):
@@ -110,6 +118,12 @@ class StorageUnavailable(TrainerError):
 
     exit_code = ExitCode.UNAVAILABLE
     reason = "StorageUnavailable"
+
+
+class HubUnavailable(StorageUnavailable):
+    """The hub did not answer, all retries included."""
+
+    reason = "HubUnavailable"
 
 
 class Diverged(TrainerError):

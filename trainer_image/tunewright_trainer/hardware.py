@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from tunewright_api.run_config import TrainRun
-from tunewright_api.v1alpha1.parts import DType, MethodType
+from tunewright_api.v1alpha1.method import MethodType
+from tunewright_api.v1alpha1.parts import DType
 from tunewright_trainer.errors import InvalidConfiguration
 
 TORCH_DTYPES = {"Float32": torch.float32, "BFloat16": torch.bfloat16, "Float16": torch.float16}

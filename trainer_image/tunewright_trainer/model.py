@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -17,7 +20,7 @@ from transformers import (
 )
 
 from tunewright_api.run_config import TrainRun
-from tunewright_api.v1alpha1.parts import Quantization
+from tunewright_api.v1alpha1.method import Quantization
 from tunewright_trainer.errors import InvalidModel
 from tunewright_trainer.hardware import Precision
 
@@ -48,7 +51,13 @@ def load_tokenizer(path: Path, run: TrainRun) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    path: Path, run: TrainRun, precision: Precision, *, weights: torch.dtype, on_gpu: bool
+    path: Path,
+    run: TrainRun,
+    precision: Precision,
+    *,
+    weights: torch.dtype,
+    on_gpu: bool,
+    outputs: Sequence[str] | None = None,
 ) -> PreTrainedModel:
     """Load a model to the device that trains, quantized where the run says so.
 
@@ -58,13 +67,22 @@ def load_model(
         precision: Number formats of the run.
         weights: Number format of the weights that are not quantized.
         on_gpu: Load to the GPU.
+        outputs: Names of the numbers that a head on the last token gives (labels, or one reward); None: the next token.
+            A head that the files do not have is drawn at random.
 
     Raises:
         InvalidModel: The files are missing, damaged, or of an architecture that is not known.
     """
+    kind: Any = AutoModelForCausalLM
+    head: dict[str, Any] = {}
+    if outputs is not None:
+        kind = AutoModelForSequenceClassification
+        head = {"num_labels": len(outputs), "id2label": dict(enumerate(outputs))}
+        head["label2id"] = {name: number for number, name in head["id2label"].items()}
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = kind.from_pretrained(
             path,
+            **head,
             dtype=weights,
             attn_implementation=_ATTENTION[run.model.attention],
             quantization_config=quantization_config(run.quantization, precision) if run.quantization else None,

@@ -96,7 +96,7 @@ def check_folder(uri: str, folder: Path) -> None:
         raise InvalidModel(f"{uri}/{CONFIG}: no model_type: this is not the configuration of a transformers model")
     shards = _shards(uri, folder) if (folder / WEIGHTS_INDEX).is_file() else [WEIGHTS]
     for name in shards:
-        _check_safetensors(uri, folder / name)
+        read_header(uri, folder / name)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         if (folder / name).is_file():
             _read_object(uri, folder / name)
@@ -129,8 +129,13 @@ def _read_object(uri: str, path: Path) -> dict[str, Any]:
     return document
 
 
-def _check_safetensors(uri: str, path: Path) -> None:
-    """Compare the header with the size of the file: a truncated or mistaken file shows here, not in the worker."""
+def read_header(uri: str, path: Path) -> dict[str, Any]:
+    """Return the tensors that a safetensors file's header names, after comparing it with the size of the file: a
+    truncated or mistaken file shows here, not in the worker.
+
+    Raises:
+        InvalidModel: What is wrong.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -139,12 +144,13 @@ def _check_safetensors(uri: str, path: Path) -> None:
             raise InvalidModel(f"{uri}/{path.name}: not a safetensors file ({size} bytes{_lfs_hint(size)})")
         header = file.read(length)
     try:
-        tensors = json.loads(header)
-        end = max((entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"), default=0)
+        tensors = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+        end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError):
         raise InvalidModel(f"{uri}/{path.name}: the safetensors header is damaged") from None
     if size != 8 + length + end:
         raise InvalidModel(f"{uri}/{path.name}: truncated: {size} bytes, the header asks for {8 + length + end}")
+    return tensors
 
 
 def _lfs_hint(size: int) -> str:

@@ -24,9 +24,20 @@ TASK_FILE = "task.json"
 EVENTS_FILE = "events.jsonl"
 OUTPUT_FOLDER = "output"
 
-RowFormat = Literal["Text", "PromptCompletion", "Messages"]
-"""What rows look like after the supervisor normalised them: {"text"}, {"prompt", "completion"} (both strings) or
-{"messages": [{"role", "content"}]}. Alpaca becomes PromptCompletion, ShareGPT becomes Messages."""
+RowFormat = Literal[
+    "Text", "PromptCompletion", "PlainCompletion", "Messages", "Preference", "UnpairedPreference", "Prompts", "Labelled"
+]  # fmt: skip
+"""What rows look like after the supervisor normalised them.
+
+Text                 {"text"}
+PromptCompletion     {"prompt", "completion"}, both strings; Alpaca becomes this
+PlainCompletion      the same, to be left as plain text even where the model has a chat template
+Messages             {"messages": [{"role", "content"}]} and, where turns call tools, "tools"; ShareGPT becomes this
+Preference           {"prompt", "chosen", "rejected"}: strings, or turns (the answers one assistant turn each)
+UnpairedPreference   {"prompt", "completion", "label"}: likewise, label true for a good answer
+Prompts              {"prompt", "columns"}: a string or turns, and all further columns as JSON in a string
+Labelled             {"text", "label"}, both strings
+"""
 
 
 class _Message(BaseModel):
@@ -40,16 +51,31 @@ class _Message(BaseModel):
     )
 
 
+class RewardModelFolder(_Message):
+    """A reward model on disk: an adapter with its head and the base below it, or a whole model."""
+
+    uri: str
+    """Where it came from, for messages."""
+    path: Path
+    is_adapter: bool
+    base_path: Path | None = None
+    """Base of an adapter; None: the base model of the task itself."""
+
+
 class WorkerTask(_Message):
     """Everything is on local disk; the worker needs no network."""
 
     run: TrainRun
     model_path: Path
+    adapter_path: Path | None = None
+    """The adapter to go on from (model.continueFrom); None starts from the base model."""
     train_path: Path
     """Checked and normalised rows, jsonl."""
     validation_path: Path | None = None
     row_format: RowFormat
     output_path: Path
+    reward_models: list[RewardModelFolder] = Field(default_factory=list)
+    """One for each reward of type Model, in their order."""
 
 
 class StageEvent(_Message):
@@ -71,6 +97,7 @@ class PlanEvent(_Message):
     target_modules: list[str] | None = None
     train_rows: int
     dropped_rows: int = 0
+    cut_rows: int = 0
 
 
 class StepEvent(_Message):
@@ -84,6 +111,9 @@ class StepEvent(_Message):
     grad_norm: float | None = None
     tokens: int | None = Field(default=None, description="Tokens seen since the start of training.")
     tokens_per_second: float | None = None
+    metrics: dict[str, float] | None = Field(
+        default=None, description="What the recipe measures besides: rewards, margins, accuracy."
+    )
 
 
 class EvaluationEvent(_Message):
@@ -92,6 +122,24 @@ class EvaluationEvent(_Message):
     event: Literal["evaluation"] = "evaluation"
     step: int
     loss: float
+    metrics: dict[str, float] | None = None
+
+
+class EarlyStopEvent(_Message):
+    """Training ended before its last step because evaluations got no better."""
+
+    event: Literal["earlyStop"] = "earlyStop"
+    step: int
+    message: str
+
+
+class BestEvent(_Message):
+    """The result has the weights of this step's evaluation, not of the last step."""
+
+    event: Literal["best"] = "best"
+    step: int
+    loss: float
+    metrics: dict[str, float] | None = None
 
 
 class ResultEvent(_Message):
@@ -103,6 +151,8 @@ class ResultEvent(_Message):
     """Folder below `output_path` that from_pretrained loads."""
     steps: int
     train_loss: Finite | None = None
+    outputs: list[str] | None = None
+    """Names of the outputs of a classification head, in order; None: a language model."""
     reload_max_difference: Finite
     """Largest absolute difference of logits between the trained model and the one loaded again from the files."""
     train_seconds: Finite
@@ -120,7 +170,8 @@ class ErrorEvent(_Message):
 
 
 Event = Annotated[
-    StageEvent | PlanEvent | StepEvent | EvaluationEvent | ResultEvent | ErrorEvent, Field(discriminator="event")
+    StageEvent | PlanEvent | StepEvent | EvaluationEvent | EarlyStopEvent | BestEvent | ResultEvent | ErrorEvent,
+    Field(discriminator="event"),
 ]
 _EVENT: TypeAdapter[Event] = TypeAdapter(Event)
 

@@ -28,6 +28,7 @@ from tunewright_api.manifest import (
 from tunewright_api.run_report import PublishedOutput
 from tunewright_trainer.errors import CorruptArtifact, StorageUnavailable
 from tunewright_trainer.storage import Storage, join
+from tunewright_trainer.tensorboard import FILE_PREFIX as EVENT_FILE_PREFIX
 from tunewright_trainer.tracker import now
 from tunewright_trainer.transfer import Advance, ignore
 
@@ -48,7 +49,7 @@ class Published:
 def is_publishable(name: str) -> bool:
     """Tell whether a file of the worker's output belongs into the result."""
     base = name.rpartition("/")[2]
-    return base.endswith(PUBLISHED_SUFFIXES) or base in PUBLISHED_NAMES
+    return base.endswith(PUBLISHED_SUFFIXES) or base in PUBLISHED_NAMES or base.startswith(EVENT_FILE_PREFIX)
 
 
 def output_files(folder: Path) -> dict[str, Path]:

@@ -33,7 +33,7 @@ BATCH_ROWS = 512
 
 T = TypeVar("T")
 Row = dict[str, Any]
-Message = dict[str, str]
+Message = dict[str, Any]
 _SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
 
 
@@ -77,28 +77,30 @@ class RowTokenizer:
         row_format: Shape of the rows.
         max_length: Tokens kept per row, from its start.
         chat_template: Template that rows are rendered with; None for plain text.
+        learns_all: Prompts are learned as well.
     """
 
     tokenizer: PreTrainedTokenizerBase
     row_format: RowFormat
     max_length: int
     chat_template: str | None
+    learns_all: bool = False
 
-    def tokenize(self, rows: Iterable[Row], label: str) -> Iterator[TokenRow]:
+    def tokenize(self, rows: Iterable[Row], label: str, first: int = 1) -> Iterator[TokenRow]:
         """Yield one TokenRow per row, in order.
 
         Args:
             rows: The rows.
             label: What the rows are, for messages: "training" or "validation".
+            first: Number of the first row, for messages.
 
         Raises:
             InvalidData: The chat template refuses a row or does not tell its turns apart.
         """
-        first = 1
         for batch in batched(rows, BATCH_ROWS):
             if self.chat_template is not None:
                 tokenized = self._chats(batch, label, first)
-            elif self.row_format == "PromptCompletion":
+            elif self.row_format in ("PromptCompletion", "PlainCompletion"):
                 tokenized = self._completions(batch)
             else:
                 tokenized = self._texts(batch)
@@ -120,7 +122,7 @@ class RowTokenizer:
         wholes = self._ids([row["prompt"] + row["completion"] for row in batch], special=True)
         for prompt, whole in zip(prompts, wholes, strict=True):
             ended = self._end(whole)
-            start = common_prefix(prompt, ended)
+            start = 0 if self.learns_all else common_prefix(prompt, ended)
             yield TokenRow(ended, [IGNORED] * start + ended[start:])
 
     def _chats(self, batch: Sequence[Row], label: str, first: int) -> Iterator[TokenRow]:
@@ -129,7 +131,7 @@ class RowTokenizer:
         ids_of = dict(zip(texts, self._ids(texts, special=False), strict=True))
         for chat in chats:
             whole = ids_of[chat.whole]
-            labels = [IGNORED] * len(whole)
+            labels = list(whole) if self.learns_all else [IGNORED] * len(whole)
             for before, after in chat.answers:
                 learned = slice(common_prefix(ids_of[before], whole), common_prefix(ids_of[after], whole))
                 labels[learned] = whole[learned]
@@ -138,7 +140,7 @@ class RowTokenizer:
     def _render(self, row: Row, place: str) -> RenderedChat:
         messages = as_messages(row, self.row_format)
         try:
-            chat = render_chat(self.tokenizer, messages, self.chat_template)
+            chat = render_chat(self.tokenizer, messages, self.chat_template, row.get("tools"))
         except TemplateError as error:
             raise InvalidData(
                 f"{place}: the chat template refuses it ({error}): {_excerpt(row)}. "
@@ -181,7 +183,9 @@ class RenderedChat:
         return itertools.chain((self.whole,), *self.answers)
 
 
-def row_tokenizer(tokenizer: PreTrainedTokenizerBase, row_format: RowFormat, max_length: int) -> RowTokenizer:
+def row_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, row_format: RowFormat, max_length: int, *, learns_all: bool = False
+) -> RowTokenizer:
     """Choose how rows of a format are rendered with this tokenizer.
 
     Raises:
@@ -190,14 +194,14 @@ def row_tokenizer(tokenizer: PreTrainedTokenizerBase, row_format: RowFormat, max
     """
     if tokenizer.chat_template is None and row_format == "Messages":
         raise InvalidModel("the rows are chats, but the model has no chat template: set model.chatTemplate")
-    if tokenizer.chat_template is None or row_format == "Text":
+    if tokenizer.chat_template is None or row_format in ("Text", "PlainCompletion"):
         if tokenizer.eos_token_id is None:
             raise InvalidModel(
                 "the tokenizer has no end-of-sequence token, so the model could not learn to stop: "
                 "set eos_token in tokenizer_config.json"
             )
-        return RowTokenizer(tokenizer, row_format, max_length, chat_template=None)
-    return RowTokenizer(tokenizer, row_format, max_length, _training_template(tokenizer))
+        return RowTokenizer(tokenizer, row_format, max_length, None, learns_all)
+    return RowTokenizer(tokenizer, row_format, max_length, _training_template(tokenizer), learns_all)
 
 
 def _training_template(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -230,7 +234,10 @@ def as_messages(row: Row, row_format: RowFormat) -> list[Message]:
 
 
 def render_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], chat_template: str | None
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    chat_template: str | None,
+    tools: list[Any] | None = None,
 ) -> RenderedChat:
     """Render a chat and what stands before and up to the end of each answer.
 
@@ -239,7 +246,7 @@ def render_chat(
 
     def render(turns: Sequence[Message], *, ask: bool = False) -> str:
         text = tokenizer.apply_chat_template(
-            list(turns), chat_template=chat_template, tokenize=False, add_generation_prompt=ask
+            list(turns), chat_template=chat_template, tools=tools, tokenize=False, add_generation_prompt=ask
         )
         return cast("str", text)  # what tokenize=False gives
 
@@ -259,17 +266,33 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
 
 def write_token_file(rows: Iterable[TokenRow], path: Path) -> TokenFile:
     """Write the learnable rows to disk batch by batch, so that memory does not grow with the data."""
-    kept = dropped = cut = 0
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
+    cut = 0
+
+    def kept() -> Iterator[dict[str, Any] | None]:
+        nonlocal cut
+        for row in rows:
+            cut += row.cut
+            yield {"input_ids": row.input_ids, "labels": row.labels} if row.is_learnable else None
+
+    written, dropped = write_arrow(kept(), _SCHEMA, path)
+    return TokenFile(path, written, dropped, cut)
+
+
+def write_arrow(rows: Iterable[dict[str, Any] | None], schema: pa.Schema, path: Path) -> tuple[int, int]:
+    """Write rows of a schema batch by batch in the format that `datasets.Dataset.from_file` maps into memory.
+
+    Returns:
+        The number of rows written, and of those that were None.
+    """
+    written = dropped = 0
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         for batch in batched(rows, BATCH_ROWS):
-            learnable = [row for row in batch if row.is_learnable]
-            columns = [[row.input_ids for row in learnable], [row.labels for row in learnable]]
-            arrays = [pa.array(column, type=pa.list_(pa.int32())) for column in columns]
-            writer.write_batch(pa.record_batch(arrays, schema=_SCHEMA))
-            kept += len(learnable)
-            dropped += len(batch) - len(learnable)
-            cut += sum(row.cut for row in batch)
-    return TokenFile(path, kept, dropped, cut)
+            kept = [row for row in batch if row is not None]
+            arrays = [pa.array([row[field.name] for row in kept], type=field.type) for field in schema]
+            writer.write_batch(pa.record_batch(arrays, schema=schema))
+            written += len(kept)
+            dropped += len(batch) - len(kept)
+    return written, dropped
 
 
 def read_rows(path: Path) -> Iterator[Row]:

@@ -16,6 +16,8 @@ SECRET_VARIABLES = {
     "AWS_SESSION_TOKEN": 8,
     "HF_TOKEN": 8,
     "HUGGING_FACE_HUB_TOKEN": 8,
+    "MLFLOW_TRACKING_TOKEN": 8,
+    "MLFLOW_TRACKING_PASSWORD": 8,
 }
 """Name, and the shortest value that is blotted out. Real access key ids have at least 16 characters; the `minio` of a
 test service is part of many a word."""

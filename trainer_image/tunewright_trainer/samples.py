@@ -6,13 +6,16 @@ Shapes: B prompts, T tokens.
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from tunewright_trainer.preference_rows import PreferenceTokenizer
 from tunewright_trainer.rows import Row, RowTokenizer, read_rows
 
 SAMPLES = 3
@@ -42,8 +45,20 @@ def read_prompts(path: Path, row_tokenizer: RowTokenizer) -> list[Prompt]:
     return [prompt for prompt in prompts if prompt.input_ids]
 
 
+def read_preference_prompts(path: Path, tokenizer: PreferenceTokenizer) -> list[Prompt]:
+    """Return the first prompts of a file of rows with judged answers; expected is the one that people prefer."""
+    rows = list(itertools.islice(read_rows(path), SAMPLES))
+    field = "chosen" if "chosen" in rows[0] else "completion"
+    tokenized = tokenizer.tokenize(rows, (field,), "sample")
+    return [Prompt(_plain(row["prompt"]), _plain(row[field]), a.prompt_ids) for row, a in tokenized if a.prompt_ids]
+
+
+def _plain(text: str | list[dict[str, str]]) -> str:
+    return text if isinstance(text, str) else text[-1]["content"]
+
+
 def _prompt(row: Row, input_ids: list[int], prompt_length: int, row_tokenizer: RowTokenizer) -> Prompt:
-    if row_tokenizer.row_format == "PromptCompletion":
+    if row_tokenizer.row_format in ("PromptCompletion", "PlainCompletion"):
         return Prompt(row["prompt"], row["completion"], input_ids[:prompt_length])
     if row_tokenizer.row_format == "Messages":
         turns = row["messages"]
@@ -66,19 +81,32 @@ def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts:
     )
     mask_BT = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding])
     model.eval()
-    generated_BT = model.generate(  # type: ignore[operator]  # PreTrainedModel does not declare its mixin's methods
-        input_ids=ids_BT.to(model.device),
-        attention_mask=mask_BT.to(model.device),
-        generation_config=GenerationConfig(
-            max_new_tokens=ANSWER_TOKENS,
-            max_time=MAX_SECONDS,
-            do_sample=False,
-            eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        ),
-    )
+    with warnings.catch_warnings():
+        # Prompt tuning counts its own tokens in; where padding stands in front, attention looks past it either way.
+        warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient tuning")
+        generated_BT = model.generate(  # type: ignore[operator]  # PreTrainedModel does not declare its mixin's methods
+            input_ids=ids_BT.to(model.device),
+            attention_mask=mask_BT.to(model.device),
+            generation_config=GenerationConfig(
+                max_new_tokens=ANSWER_TOKENS,
+                max_time=MAX_SECONDS,
+                do_sample=False,
+                eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            ),
+        )
     texts: list[str] = tokenizer.batch_decode(generated_BT[:, longest:], skip_special_tokens=True)
     return [text.strip() for text in texts]
+
+
+def base_answers(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
+) -> list[str]:
+    """Continue all prompts before training; an adapter that is not without effect then is switched off."""
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        with model.disable_adapter():
+            return answers(model, tokenizer, prompts)
+    return answers(model, tokenizer, prompts)
 
 
 def as_documents(prompts: Sequence[Prompt], base: Sequence[str], tuned: Sequence[str]) -> list[dict[str, str]]:

@@ -15,20 +15,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tunewright_api.exit_codes import ExitCode
 from tunewright_api.run_config import TrainRun
-from tunewright_api.run_report import EvaluationResult, Progress, RunReport
-from tunewright_trainer import documents, inputs, publish, worker_process
+from tunewright_api.run_report import Progress, PublishedOutput, RunReport
+from tunewright_trainer import (
+    artifact,
+    documents,
+    inputs,
+    publish,
+    reports,
+    reward_inputs,
+    start_adapter,
+    worker_process,
+)
 from tunewright_trainer.dataset import BadRows, PreparedData
 from tunewright_trainer.errors import (
     CorruptArtifact,
     DiskFull,
-    InternalError,
     Preempted,
     Stalled,
     TrainerError,
-    WorkerFailure,
-    fate_of,
 )
 from tunewright_trainer.events import EventTail, Heartbeat, MetricsFile
 from tunewright_trainer.inputs import Inputs
@@ -45,16 +50,17 @@ from tunewright_trainer.publish import Published, Result
 from tunewright_trainer.run_log import Redactor, RunLog
 from tunewright_trainer.settings import SupervisorSettings
 from tunewright_trainer.storage import Storage, join
-from tunewright_trainer.tracker import Tracker, finite, now
+from tunewright_trainer.tracker import Tracker, now
+from tunewright_trainer.tracking import TENSORBOARD_FOLDER, Trackers
 from tunewright_trainer.transfer import Stop
 from tunewright_trainer.worker_process import GRACE_SECONDS, WorkerProcess
 
 POLL_SECONDS = 0.1
 WORKER_END_SECONDS = 10.0
 """Time for the worker to end by itself after its result: CUDA and thread pools need a moment."""
-MAX_MESSAGE_CHARACTERS = 1024
 METRICS_FILE = "metrics.jsonl"
 REPORT_FILE = "report.json"
+PUBLISHED_FOLDER = "published"
 
 
 def run(run: TrainRun, settings: SupervisorSettings) -> RunReport:
@@ -78,23 +84,6 @@ def write_report(report: RunReport, settings: SupervisorSettings) -> None:
         settings.termination_log.write_text(report.to_json(), encoding="utf-8")
 
 
-def failure_report(error: TrainerError, progress: Progress, run_key: str | None, message: str) -> RunReport:
-    """Return the report of a run that ended by `error`; `message` is its text without secrets."""
-    code, reason = fate_of(error)
-    if len(message) > MAX_MESSAGE_CHARACTERS:
-        message = message[: MAX_MESSAGE_CHARACTERS - 3] + "..."
-    return RunReport(
-        exit_code=code,
-        reason=reason[:64],
-        message=message,
-        stage=progress.stage,
-        step=progress.step,
-        total_steps=progress.total_steps,
-        run_key=run_key,
-        loss=progress.loss,
-    )
-
-
 class _Attempt:
     """One attempt: its document, its settings, and what all steps share."""
 
@@ -113,6 +102,7 @@ class _Attempt:
         self.tracker = Tracker(time.monotonic, self._on_progress)
         self.tail = EventTail(settings.work)
         self.metrics = MetricsFile(settings.work / METRICS_FILE)
+        self.trackers = Trackers(run, settings.work, settings.environment, self.log.say)
         self.result: ResultEvent | None = None
         self.oom_kills_before = worker_process.oom_kills()
         self.worker = WorkerProcess(settings.worker_command, settings.work, settings.environment, self.log)
@@ -141,11 +131,13 @@ class _Attempt:
             except OSError as error:
                 if error.errno != errno.ENOSPC:
                     raise
-                text = f"no space left in {self.settings.work}: raise resources.ephemeralStorage"
-                report = self._failed(DiskFull(text))
+                report = self._failed(
+                    DiskFull(f"no space left in {self.settings.work}: raise resources.ephemeralStorage")
+                )
             finally:
                 self.stop.request("the attempt is over")
                 self.worker.stop(grace)
+                self.trackers.close(finished=self.tracker.progress.stage == "Finished")
                 if server is not None:
                     server.close()
             write_report(report, self.settings)
@@ -155,7 +147,7 @@ class _Attempt:
         if isinstance(error, BadRows):
             for line in error.lines:
                 self.log.say(line)
-        report = failure_report(error, self.tracker.progress, self.run_key, self.redact(str(error)))
+        report = reports.failed(error, self.tracker.progress, self.run_key, self.redact(str(error)))
         self.log.say(f"failed: {report.reason} (exit code {report.exit_code}): {report.message}")
         return report
 
@@ -166,19 +158,30 @@ class _Attempt:
         published = self._published_before()
         if published is not None:
             return self._cached(published)
-        model_path, data = self._fetch(found)
-        self._hand_over(model_path, data)
+        self.trackers.start()
+        data = self._fetch(found)
         result = self._follow()
         self.worker.wait(WORKER_END_SECONDS)
         return self._publish(found, data, result)
 
     def _find_inputs(self) -> Inputs:
         self.tracker.enter("Fetching", "looking up model and data")
-        data, model = self._together(
-            partial(inputs.find_data, self.run, self.storage),
+        data, model, rewards, adapter, _ = self._together(
+            partial(inputs.find_data, self.run, self.storage, self.stop),
             partial(inputs.find_model, self.run, self.storage, self.stop),
+            partial(reward_inputs.find_reward_models, self.run, self.storage, self.stop),
+            partial(start_adapter.find, self.run, self.storage),
+            self._check_push,
         )
-        return Inputs(model, data)
+        for note in adapter.notes if adapter is not None else ():
+            self.log.say(note)
+        return Inputs(model, data, rewards, adapter)
+
+    def _check_push(self) -> None:
+        if self.run.hub_output is not None:
+            from tunewright_trainer import hub_push
+
+            hub_push.check(self.run, self.stop)
 
     def _published_before(self) -> Published | None:
         assert self.run_key is not None
@@ -194,55 +197,62 @@ class _Attempt:
 
     def _cached(self, published: Published) -> RunReport:
         """Report another run's result as this one's."""
-        self.tracker.enter("Finished", "the same run was published before")
-        numbers = published.manifest.metrics
-        evaluation = numbers.get("evaluation")
         self.log.say(f"the same run was published before: {published.output.uri}")
-        return RunReport(
-            exit_code=ExitCode.SUCCESS,
-            reason="Cached",
-            message="the same run was published before; nothing was trained",
-            stage="Finished",
-            run_key=self.run_key,
-            cached=True,
-            step=numbers.get("steps", 0),
-            total_steps=numbers.get("steps"),
-            loss=numbers.get("loss"),
-            evaluation=EvaluationResult.model_validate(evaluation) if evaluation else None,
-            output=published.output,
-            train_seconds=numbers.get("trainSeconds"),
-        )
+        output = self._pushed(published, partial(self._download, published))
+        self.tracker.enter("Finished", "the same run was published before")
+        return reports.cached(published).model_copy(update={"output": output})
 
-    def _fetch(self, found: Inputs) -> tuple[Path, PreparedData]:
-        size = found.model.size_bytes + sum(file.size_bytes for file in found.data.values())
-        self.tracker.enter("Fetching", f"{size / 1e6:.1f} MB of model and data", size)
+    def _download(self, published: Published) -> Path:
+        folder = self.settings.work / PUBLISHED_FOLDER
+        artifact.download_artifact(published.output.manifest_uri, folder, self.storage)
+        return folder
+
+    def _pushed(self, published: Published, fetch: Callable[[], Path]) -> PublishedOutput:
+        """Push a published result to the Hub where the run asks for it."""
+        if self.run.hub_output is None:
+            return published.output
+        # Imported only here: the hub client costs a second that other runs need not wait for.
+        from tunewright_trainer import hub_push
+
+        self.tracker.enter("Publishing", f"to hf://{self.run.hub_output.repository}")
+        (url,) = self._together(partial(hub_push.push, self.run, published, fetch, self.stop, self.log.say))
+        return published.output.model_copy(update={"hub_url": url})
+
+    def _fetch(self, found: Inputs) -> PreparedData:
+        """Fetch and check everything, and hand it to the worker."""
+        self.tracker.enter("Fetching", f"{found.size_bytes / 1e6:.1f} MB of model and data", found.size_bytes)
         work, advance = self.settings.work, self.tracker.advance
+        data: PreparedData
         # Data first: a bad row is told while a large model still downloads.
-        data, model_path = self._together(
+        data, model_path, rewards, adapter_path = self._together(
             partial(inputs.fetch_data, self.run, found, self.storage, work / "data", self.stop, advance),
-            partial(inputs.fetch_model, found.model, self.storage, work / "model", self.stop, advance),
+            partial(inputs.fetch_model, self.run, found.model, self.storage, work / "model", self.stop, advance),
+            partial(
+                reward_inputs.fetch_reward_models, self.run, found, self.storage, work / "rewards", self.stop, advance
+            ),
+            partial(start_adapter.fetch, found.adapter, self.storage, work / "adapter", advance),
             before_last=lambda: self.tracker.enter("Checking", "checking the rows"),
         )
-        self.tracker.checked(data)
+        self.tracker.checked(data, found.adapter.manifest_uri if found.adapter is not None else None)
         self.log.say(
             f"{data.train_rows} rows to train on, {data.validation_rows} to evaluate on, format {data.format.name} "
             f"({data.format.why})"
         )
-        return model_path, data
-
-    def _hand_over(self, model_path: Path, data: PreparedData) -> None:
         self.tracker.enter("Loading", "waiting for the training process")
         write_task(
-            self.settings.work,
+            work,
             WorkerTask(
                 run=self.run,
                 model_path=model_path,
+                adapter_path=adapter_path,
                 train_path=data.train_path,
                 validation_path=data.validation_path,
                 row_format=data.format.row_format,
-                output_path=self.settings.work / OUTPUT_FOLDER,
+                output_path=work / OUTPUT_FOLDER,
+                reward_models=rewards,
             ),
         )
+        return data
 
     def _follow(self) -> ResultEvent:
         """Follow the worker to its result."""
@@ -275,10 +285,11 @@ class _Attempt:
         for event in events:
             self.tracker.handle(event)
             self.metrics.write(event)
+            self.trackers.write(event)
             if isinstance(event, ResultEvent):
                 self.result = event
             elif isinstance(event, ErrorEvent):
-                raise _worker_failure(event)
+                raise worker_process.failure_of(event)
         if code is not None and self.result is None:
             self.worker.wait(GRACE_SECONDS)
             raise worker_process.death_of(
@@ -314,11 +325,20 @@ class _Attempt:
         )
         if others:
             return self._cached(published)
-        report = self._succeeded(finished, published)
-        uri = join(join(join(self.run.output_uri, self.run_key), self.settings.writer), REPORT_FILE)
-        self.storage.put(uri, report.model_dump_json(by_alias=True, exclude_none=True, indent=2).encode(), replaces="*")
+        self.log.say(f"published: {published.output.uri}")
+        report = reports.succeeded(finished, published, self.tracker.early_stop)
+        self._keep(report)
+        output = self._pushed(published, lambda: self.settings.work / OUTPUT_FOLDER / result.root)
+        if output.hub_url is not None:
+            report = report.model_copy(update={"output": output})
+            self._keep(report)
         self.tracker.enter("Finished", published.output.uri)
         return report
+
+    def _keep(self, report: RunReport) -> None:
+        """Store the whole report beside the result."""
+        uri = join(join(join(self.run.output_uri, self.run_key or ""), self.settings.writer), REPORT_FILE)
+        self.storage.put(uri, report.model_dump_json(by_alias=True, exclude_none=True, indent=2).encode(), replaces="*")
 
     def _files(self, finished: documents.Finished) -> dict[str, Path]:
         """Return what is published, by name, after adding our own documents to the worker's output."""
@@ -330,28 +350,12 @@ class _Attempt:
         (output / "README.md").write_text(card, encoding="utf-8")
         (output / "run.json").write_text(documents.run_json(finished), encoding="utf-8")
         shutil.copyfile(work / METRICS_FILE, output / METRICS_FILE)
+        self.trackers.add_files(output)
         self.log.say(f"trained: {finished.result.steps} steps in {finished.result.train_seconds:.0f} s")
         self.log.flush()
         (output / "logs").mkdir(exist_ok=True)
         shutil.copyfile(self.log.path, output / "logs" / self.log.path.name)
         return publish.output_files(output)
-
-    def _succeeded(self, finished: documents.Finished, published: Published) -> RunReport:
-        result = finished.result
-        self.log.say(f"published: {published.output.uri}")
-        return RunReport(
-            exit_code=ExitCode.SUCCESS,
-            reason="Succeeded",
-            stage="Finished",
-            step=result.steps,
-            total_steps=finished.plan.total_steps,
-            run_key=finished.run_key,
-            loss=documents.metrics(finished).get("loss"),
-            plan=finished.plan,
-            evaluation=finished.evaluation,
-            output=published.output,
-            train_seconds=finite(result.train_seconds),
-        )
 
     def _together(self, *jobs: Callable[[], Any], before_last: Callable[[], None] | None = None) -> list[Any]:
         """Run jobs at once and return their results in order, watching the worker and the stop flag meanwhile.
@@ -382,17 +386,21 @@ def _pending(futures: Sequence[Future[Any]]) -> bool:
     return bool(left)
 
 
-def _worker_failure(event: ErrorEvent) -> TrainerError:
-    try:
-        return WorkerFailure(ExitCode(event.exit_code), event.reason, event.message)
-    except ValueError:
-        return InternalError(f"the training process ended with exit code {event.exit_code}: {event.message}")
-
-
 def _clear(work: Path) -> None:
     """Make the work folder, and take away what an earlier process left in it."""
     work.mkdir(parents=True, exist_ok=True)
-    for name in (OUTPUT_FOLDER, "data", "model", "logs", "scratch"):
+    folders = (
+        OUTPUT_FOLDER,
+        PUBLISHED_FOLDER,
+        TENSORBOARD_FOLDER,
+        "data",
+        "model",
+        "rewards",
+        "adapter",
+        "logs",
+        "scratch",
+    )
+    for name in folders:
         shutil.rmtree(work / name, ignore_errors=True)
     for name in (TASK_FILE, EVENTS_FILE, METRICS_FILE):
         (work / name).unlink(missing_ok=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Sequence
 
-from tunewright_api.v1alpha1.parts import TargetPreset
+from tunewright_api.v1alpha1.method import TargetPreset
 from tunewright_trainer.errors import InvalidConfiguration
 
 QUERY_VALUE_NAMES = frozenset(
@@ -48,8 +48,13 @@ def resolve_preset(preset: TargetPreset, layers: Sequence[str]) -> list[str]:
     return sorted({_shortest_name(name, others) for name in chosen})
 
 
-def check_targets(targets: Sequence[str], layers: Sequence[str]) -> list[str]:
+def check_targets(targets: Sequence[str], layers: Sequence[str], field: str = "lora.targetModules") -> list[str]:
     """Return the targets when each one is the name, or the end of the name, of a linear layer.
+
+    Args:
+        targets: What the spec names.
+        layers: Full names of the model's linear layers.
+        field: Where the spec names them.
 
     Raises:
         InvalidConfiguration: Naming every target that is not, the nearest name, and the layers there are.
@@ -61,8 +66,26 @@ def check_targets(targets: Sequence[str], layers: Sequence[str]) -> list[str]:
     nearest = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.5)
     hint = f" (did you mean {nearest[0]}?)" if nearest else ""
     raise InvalidConfiguration(
-        f"lora.targetModules names {', '.join(unknown)}, which no linear layer of the model is called{hint}: "
+        f"{field} names {', '.join(unknown)}, which no linear layer of the model is called{hint}: "
         f"the model has {_names(layers)}; its output head takes no adapter"
+    )
+
+
+def check_modules(modules: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Return the modules to save when each one is the name, or the end of the name, of a module.
+
+    Raises:
+        InvalidConfiguration: Naming every one that is not, and the nearest name.
+    """
+    unknown = [module for module in modules if not any(_selects(module, name) for name in known)]
+    if not unknown:
+        return sorted(set(modules))
+    names = sorted({name.rpartition(".")[2] for name in known if name and not name.rpartition(".")[2].isdigit()})
+    nearest = difflib.get_close_matches(unknown[0], names, n=1, cutoff=0.5)
+    hint = f" (did you mean {nearest[0]}?)" if nearest else ""
+    raise InvalidConfiguration(
+        f"lora.modulesToSave names {', '.join(unknown)}, which no module of the model is called{hint}: "
+        f"the model has {', '.join(names)}"
     )
 
 

@@ -8,9 +8,11 @@ from datetime import UTC, datetime
 from math import isfinite
 from typing import Any
 
-from tunewright_api.run_report import EvaluationResult, Progress, RunPlan, Stage
+from tunewright_api.run_report import MAX_METRICS, EvaluationResult, Progress, RunPlan, Stage
 from tunewright_trainer.dataset import PreparedData
 from tunewright_trainer.protocol import (
+    BestEvent,
+    EarlyStopEvent,
     EvaluationEvent,
     Event,
     PlanEvent,
@@ -25,6 +27,13 @@ MAX_MESSAGE = 1024
 def finite(value: float | None) -> float | None:
     """Return the number, or None where it is not one that JSON and the status can hold."""
     return value if value is not None and isfinite(value) else None
+
+
+def shown(metrics: dict[str, float] | None) -> dict[str, float] | None:
+    """Return metrics as people read them: rounded, as many as a status holds; metrics.jsonl has them all."""
+    if metrics is None:
+        return None
+    return {name[:64]: round(value, 4) for name, value in list(metrics.items())[:MAX_METRICS]}
 
 
 def thin(history: list[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -53,6 +62,10 @@ class Tracker:
         self._bytes_total = 0
         self._first_step: tuple[int, float] | None = None
         self._base_loss: float | None = None
+        self._base_metrics: dict[str, float] | None = None
+        self._tuned_metrics: dict[str, float] | None = None
+        self._best_step: int | None = None
+        self.early_stop: str | None = None
         self.plan = RunPlan()
 
     @property
@@ -68,7 +81,14 @@ class Tracker:
         if base is None and tuned is None:
             return None
         improvement = base - tuned if base is not None and tuned is not None else None
-        return EvaluationResult(base=base, tuned=tuned, improvement=improvement)
+        return EvaluationResult(
+            base=base,
+            tuned=tuned,
+            improvement=improvement,
+            best_step=self._best_step,
+            base_metrics=self._base_metrics,
+            tuned_metrics=self._tuned_metrics,
+        )
 
     def enter(self, stage: Stage, message: str | None = None, total_bytes: int = 0) -> None:
         """Begin a stage; with `total_bytes` its percentage follows `advance`."""
@@ -86,10 +106,13 @@ class Tracker:
                 return
         self._set(percent=percent)
 
-    def checked(self, data: PreparedData) -> None:
-        """Take note of the checked data set."""
+    def checked(self, data: PreparedData, continued_from: str | None = None) -> None:
+        """Take note of the checked data set, and of the adapter that training goes on from."""
         self.plan = RunPlan(
-            train_rows=data.train_rows, validation_rows=data.validation_rows, data_format=data.format.name
+            train_rows=data.train_rows,
+            validation_rows=data.validation_rows,
+            data_format=data.format.name,
+            continued_from=continued_from,
         )
 
     def handle(self, event: Event) -> None:
@@ -103,6 +126,12 @@ class Tracker:
                 self._handle_step(event)
             case EvaluationEvent():
                 self._handle_evaluation(event)
+            case EarlyStopEvent():
+                self.early_stop = event.message
+            case BestEvent():
+                self._best_step = event.step
+                self._tuned_metrics = shown(event.metrics)
+                self._set(eval_loss=finite(event.loss))
 
     def _handle_plan(self, event: PlanEvent) -> None:
         modules = event.target_modules[:MAX_HISTORY] if event.target_modules else None
@@ -111,6 +140,7 @@ class Tracker:
                 "total_steps": event.total_steps,
                 "train_rows": event.train_rows,
                 "dropped_rows": event.dropped_rows,
+                "cut_rows": event.cut_rows,
                 "dtype": event.dtype,
                 "trainable_parameters": event.trainable_parameters,
                 "total_parameters": event.total_parameters,
@@ -130,6 +160,8 @@ class Tracker:
         }
         # Rounded for people (these numbers are columns of `kubectl get`); metrics.jsonl keeps all digits.
         changes |= {name: round(v, digits) for name, (v, digits) in given.items() if v is not None and isfinite(v)}
+        if event.metrics:
+            changes["metrics"] = shown(event.metrics)
         if "loss" in changes:
             changes["loss_history"] = thin([*old.loss_history, (event.step, changes["loss"])])
         if old.total_steps:
@@ -149,8 +181,9 @@ class Tracker:
     def _handle_evaluation(self, event: EvaluationEvent) -> None:
         loss = finite(event.loss)
         if event.step == 0:
-            self._base_loss = loss
+            self._base_loss, self._base_metrics = loss, shown(event.metrics)
         else:
+            self._tuned_metrics = shown(event.metrics)
             self._set(eval_loss=loss)
 
     def _set(self, **changes: Any) -> None:

@@ -18,6 +18,8 @@ from tunewright_trainer.errors import Diverged, VerificationFailed
 PROBE_FILE = "probe.safetensors"
 PROBE_ROWS = 4
 PROBE_TOKENS = 64
+_TOKEN_LOGITS_DIMENSIONS = 3
+"""Batch, position, vocabulary; a classifier has one row of logits per input."""
 FLOAT32_TOLERANCE = 1e-4
 """Largest difference of a float32 logit: other kernels may add in another order."""
 ROUNDING_STEPS = 2
@@ -26,7 +28,7 @@ ROUNDING_STEPS = 2
 
 @dataclass(frozen=True)
 class Probe:
-    """A few inputs and the logits of the last position, in float32."""
+    """A few inputs and the logits of the last position (of a classifier: its logits), in float32."""
 
     ids_BT: torch.Tensor
     logits_BV: torch.Tensor
@@ -51,7 +53,10 @@ def record_probe(model: PreTrainedModel, ids_BT: torch.Tensor) -> Probe:
         Diverged: A logit is NaN or infinite.
     """
     model.eval()
-    logits_BV = model(input_ids=ids_BT.to(model.device), use_cache=False).logits[:, -1].float().cpu()
+    # The mask is given because a classifier would take a padding token that a row holds for padding.
+    ids = ids_BT.to(model.device)
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    logits_BV = (logits[:, -1] if logits.dim() == _TOKEN_LOGITS_DIMENSIONS else logits).float().cpu()
     if not logits_BV.isfinite().all():
         raise Diverged("the trained model gives logits that are no numbers: lower hyperparameters.learningRate")
     return Probe(ids_BT, logits_BV.clone())

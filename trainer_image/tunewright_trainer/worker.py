@@ -14,12 +14,17 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tunewright_api.exit_codes import OUTCOMES, ExitCode
 from tunewright_trainer.errors import GpuOutOfMemory, TrainerError, fate_of
 from tunewright_trainer.protocol import ErrorEvent, WorkerTask, read_task, write_event
+
+if TYPE_CHECKING:
+    from tunewright_trainer.callback import Report
 
 POLL_SECONDS = 0.05
 PARENT_POLL_SECONDS = 0.5
@@ -47,10 +52,8 @@ def run_task(work: Path, task: WorkerTask) -> int:
     """Train; turn what the run is to blame for into its event and exit code."""
     import torch
 
-    from tunewright_trainer import sft
-
     try:
-        sft.train(task, partial(write_event, work), work / SCRATCH_FOLDER)
+        recipe_of(task)(task, partial(write_event, work), work / SCRATCH_FOLDER)
     except TrainerError as error:
         traceback.print_exc()
         code, reason = fate_of(error)
@@ -67,12 +70,31 @@ def run_task(work: Path, task: WorkerTask) -> int:
     return ExitCode.SUCCESS
 
 
+def recipe_of(task: WorkerTask) -> Callable[[WorkerTask, Report, Path], None]:
+    """Return the recipe of the task's objective."""
+    from tunewright_trainer import classification, grpo, ppo, preference, reward, sft
+
+    match task.run.objective.type:
+        case "SFT":
+            return sft.train
+        case "DPO" | "KTO":
+            return preference.train
+        case "Reward":
+            return reward.train
+        case "GRPO":
+            return grpo.train
+        case "PPO":
+            return ppo.train
+        case "Classification":
+            return classification.train
+
+
 def import_stack() -> None:
     """Import the recipe with everything it needs, and keep progress bars out of the log."""
     import datasets
     import transformers
 
-    from tunewright_trainer import sft  # noqa: F401
+    from tunewright_trainer import classification, grpo, ppo, preference, reward, sft  # noqa: F401
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()

@@ -11,12 +11,14 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tunewright_trainer.errors import InternalError, Killed, TrainerError
+from tunewright_api.exit_codes import ExitCode
+from tunewright_trainer.errors import InternalError, Killed, TrainerError, WorkerFailure
+from tunewright_trainer.protocol import ErrorEvent
 from tunewright_trainer.run_log import SECRET_VARIABLES, RunLog
 
 GRACE_SECONDS = 5.0
 PR_SET_PDEATHSIG = 1
-_PRIVATE_PREFIXES = ("AWS_", *SECRET_VARIABLES)
+_PRIVATE_PREFIXES = ("AWS_", "MLFLOW_", *SECRET_VARIABLES)
 _CGROUP = Path("/sys/fs/cgroup")
 _LIBC = ctypes.CDLL(None)
 
@@ -134,3 +136,11 @@ def memory_limit(cgroup: Path = _CGROUP) -> int | None:
     if not path.is_file() or (text := path.read_text().strip()) == "max":
         return None
     return int(text)
+
+
+def failure_of(event: ErrorEvent) -> TrainerError:
+    """Return the error that the worker reported."""
+    try:
+        return WorkerFailure(ExitCode(event.exit_code), event.reason, event.message)
+    except ValueError:
+        return InternalError(f"the training process ended with exit code {event.exit_code}: {event.message}")

@@ -1,0 +1,169 @@
+"""Group relative policy optimization: of several answers to a prompt, those with more reward than the others become
+likelier (Shao et al. 2024)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from pydantic import BaseModel
+from transformers import PreTrainedModel
+from trl import GRPOTrainer
+
+from tunewright_trainer import recipe, samples, verify
+from tunewright_trainer.adapter import adapter_config
+from tunewright_trainer.arguments import grpo_config
+from tunewright_trainer.callback import ProgressCallback, Report
+from tunewright_trainer.errors import InvalidData
+from tunewright_trainer.prompt_rows import write_prompts
+from tunewright_trainer.protocol import EvaluationEvent, StepEvent, WorkerTask
+from tunewright_trainer.recipe import Setup, Trained
+from tunewright_trainer.reward_models import load_reward_models
+from tunewright_trainer.rewards import Answer, Reward, build_rewards
+from tunewright_trainer.rows import TokenFile
+
+SHOWN = frozenset(
+    {
+        *("reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "clip_ratio/region_mean"),
+        *("completions/mean_length", "completions/clipped_ratio"),
+    }
+)
+"""What is reported of the thirty numbers that TRL logs, besides the mean of each reward."""
+
+
+class TokenisedGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL has no types
+    """TRL's trainer on prompts that arrive tokenised and cut: it has no limit for them any more."""
+
+    def _tokenize_prompts(self, prompts: list[list[int]]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        return prompts, None, {}
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate with the same random draws each time, so that only the model makes the difference; training's own
+        draws go on as if nothing had been."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.args.seed)
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+            return metrics
+
+
+def train(task: WorkerTask, report: Report, scratch: Path) -> None:
+    """Train as the task says; see `recipe.run_recipe`."""
+    recipe.run_recipe(task, report, scratch, train_and_save)
+
+
+def train_and_save(setup: Setup, report: Report) -> Trained:
+    """Train, evaluate before and after, write samples and result files, and record the probe."""
+    task, run = setup.task, setup.task.run
+    settings = run.objective.grpo
+    assert settings is not None, "a rule asks for the block"
+    limit = settings.max_prompt_length or run.hyperparameters.max_sequence_length - settings.max_completion_length
+    train_rows = write_prompts(setup.tokenizer, task.train_path, "training", setup.scratch, limit)
+    validation = (
+        write_prompts(setup.tokenizer, task.validation_path, "validation", setup.scratch, limit)
+        if task.validation_path
+        else None
+    )
+    check_count(setup, train_rows.rows)
+    rewards = build_rewards(settings.rewards, load_reward_models(setup))
+    trainer = build_trainer(setup, recipe.load_base(setup), rewards, train_rows, validation, report)
+    report(recipe.plan(setup, trainer, train_rows))
+
+    prompts = read_prompts(trainer.eval_dataset if validation else trainer.train_dataset, run.objective.reward_columns)
+    base_answers = samples.base_answers(trainer.model, setup.tokenizer, prompts)
+    loss, seconds = recipe.fit(setup, trainer, report, evaluates=validation is not None)
+
+    tuned = recipe.trained_model(trainer)
+    tuned_answers = samples.answers(tuned, setup.tokenizer, prompts)
+    recipe.save(setup, tuned)
+    recipe.save_samples(setup, samples.as_documents(prompts, base_answers, tuned_answers))
+    ids_BT = verify.probe_ids(trainer.train_dataset[: verify.PROBE_ROWS]["prompt"])
+    return Trained(verify.record_probe(tuned, ids_BT), trainer.state.global_step, loss, seconds)
+
+
+def check_count(setup: Setup, rows: int) -> None:
+    """Refuse fewer prompts than one step takes, of which no step could be made.
+
+    Raises:
+        InvalidData: Saying how many are needed.
+    """
+    given, settings = setup.task.run.hyperparameters, setup.task.run.objective.grpo
+    assert settings is not None, "a rule asks for the block"
+    needed = given.batch_size * given.gradient_accumulation_steps // settings.generations
+    if rows < needed:
+        raise InvalidData(
+            f"there are {rows} training rows, but a step takes {needed} prompts (batchSize x "
+            "gradientAccumulationSteps / grpo.generations): add rows, or lower one of the two"
+        )
+
+
+def build_trainer(
+    setup: Setup,
+    model: PreTrainedModel,
+    rewards: Sequence[Reward],
+    train_rows: TokenFile,
+    validation: TokenFile | None,
+    report: Report,
+) -> GRPOTrainer:
+    """Return the trainer. The reference, where there is one, is the model without its adapter; full fine-tuning
+    loads a second model."""
+    run = setup.task.run
+    assert run.objective.grpo is not None, "a rule asks for the block"
+    common = recipe.arguments(setup, evaluates=validation is not None)
+    return TokenisedGRPOTrainer(
+        model=model,
+        reward_funcs=[as_reward_function(reward) for reward in rewards],
+        args=grpo_config(run, run.objective.grpo, common),
+        train_dataset=Dataset.from_file(str(train_rows.path)),
+        eval_dataset=Dataset.from_file(str(validation.path)) if validation else None,
+        processing_class=setup.tokenizer,
+        peft_config=adapter_config(model, run, str(setup.task.model_path)),
+        callbacks=[ProgressCallback(shown(report))],
+    )
+
+
+def as_reward_function(reward: Reward) -> Callable[..., list[float]]:
+    """Return a reward in the form that TRL calls; its name is that of its metrics."""
+
+    def function(completions: list[str], completion_ids: list[list[int]], row: list[str], **_: Any) -> list[float]:
+        answers = []
+        for text, ids, document in zip(completions, completion_ids, row, strict=True):
+            values = json.loads(document)
+            answers.append(Answer(values["prompt"], text, len(ids), json.loads(values["columns"])))
+        return reward.score(answers)
+
+    function.__name__ = reward.name
+    return function
+
+
+def shown(report: Report) -> Report:
+    """Pass events on with the metrics that people look at; the status has room for few."""
+
+    def told(event: BaseModel) -> None:
+        if isinstance(event, StepEvent | EvaluationEvent) and event.metrics is not None:
+            kept = {
+                name: value
+                for name, value in event.metrics.items()
+                if name in SHOWN or (name.startswith("rewards/") and name.endswith("/mean"))
+            }
+            event = event.model_copy(update={"metrics": kept})
+        report(event)
+
+    return told
+
+
+def read_prompts(rows: Dataset, answer_columns: Sequence[str]) -> list[samples.Prompt]:
+    """Return the first prompts of the tokenised rows; expected is the right answer, where there is one."""
+    prompts = []
+    for row in rows.select(range(min(samples.SAMPLES, len(rows)))):
+        values = json.loads(row["row"])
+        asked = values["prompt"]
+        columns = json.loads(values["columns"])
+        expected = str(columns[answer_columns[0]]) if answer_columns else ""
+        prompts.append(
+            samples.Prompt(asked if isinstance(asked, str) else asked[-1]["content"], expected, row["prompt"])
+        )
+    return prompts

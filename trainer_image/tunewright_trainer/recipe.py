@@ -1,0 +1,318 @@
+"""What all recipes share, in the order in which they use it: preparation, training, and proof of the saved result."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, set_seed
+
+from tunewright_trainer import verify
+from tunewright_trainer.adapter import with_loaded_adapter
+from tunewright_trainer.arguments import check_extra, common_arguments
+from tunewright_trainer.callback import Report
+from tunewright_trainer.errors import InvalidModel
+from tunewright_trainer.hardware import TORCH_DTYPES, Hardware, Precision, choose_precision, find_hardware
+from tunewright_trainer.model import base_model_id, load_model, load_tokenizer, peak_memory_bytes
+from tunewright_trainer.protocol import PlanEvent, ResultEvent, StageEvent, WorkerTask
+from tunewright_trainer.rows import TokenFile
+from tunewright_trainer.selection import Selection, is_last_step_evaluated
+
+_REPORTED_VERSIONS = (
+    "tunewright", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers",
+    "safetensors",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run needs besides rows and model."""
+
+    task: WorkerTask
+    hardware: Hardware
+    precision: Precision
+    tokenizer: PreTrainedTokenizerBase
+    scratch: Path
+
+    @property
+    def trains_adapter(self) -> bool:
+        """Tell whether the result is an adapter."""
+        return self.task.run.method != "Full"
+
+    @property
+    def result_path(self) -> Path:
+        """Folder that from_pretrained loads."""
+        return self.task.output_path / ("adapter" if self.trains_adapter else "model")
+
+    @property
+    def result_dtype(self) -> torch.dtype:
+        """Number format that the result is used in."""
+        return TORCH_DTYPES[self.precision.name]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is left of the training once its memory is given back."""
+
+    probe: verify.Probe
+    steps: int
+    loss: float
+    seconds: float
+    outputs: tuple[str, ...] | None = None
+    """Names of the outputs of a classification head; None: a language model."""
+
+
+def run_recipe(
+    task: WorkerTask, report: Report, scratch: Path, train_and_save: Callable[[Setup, Report], Trained]
+) -> None:
+    """Train as the task says, leave verified files in the output folder and report the result.
+
+    Args:
+        task: Run document and local files.
+        report: Takes the events.
+        scratch: Folder for files that are of no use afterwards.
+        train_and_save: The recipe.
+
+    Raises:
+        InvalidInput: Data, model or configuration cannot work.
+        Diverged: The loss became NaN or infinite.
+        VerificationFailed: The saved files do not give the trained model's logits.
+    """
+    report(StageEvent(stage="Loading"))
+    setup = prepare(task, scratch)
+    trained = train_and_save(setup, report)
+    # The model and the optimizer died with the frame of train_and_save; what is loaded now takes their memory.
+    gc.collect()
+    if setup.hardware.on_gpu:
+        torch.cuda.empty_cache()
+    report(StageEvent(stage="Verifying"))
+    reloaded = verify.record_probe(load_result(setup, trained.outputs), trained.probe.ids_BT)
+    difference = verify.compare(trained.probe, reloaded, setup.result_dtype)
+    trained.probe.save(task.output_path, setup.precision.name)
+    report(
+        ResultEvent(
+            kind="Adapter" if setup.trains_adapter else "Model",
+            root="adapter" if setup.trains_adapter else "model",
+            steps=trained.steps,
+            train_loss=trained.loss,
+            outputs=list(trained.outputs) if trained.outputs else None,
+            reload_max_difference=difference,
+            train_seconds=trained.seconds,
+            peak_memory_bytes=peak_memory_bytes(on_gpu=setup.hardware.on_gpu),
+            versions=versions(),
+        )
+    )
+
+
+def prepare(task: WorkerTask, scratch: Path) -> Setup:
+    """Look at the hardware and load the tokenizer."""
+    hardware = find_hardware(task.run.gpus)
+    scratch.mkdir(parents=True, exist_ok=True)
+    tokenizer = load_tokenizer(task.model_path, task.run)
+    if task.adapter_path is not None and task.run.model.chat_template is None:
+        # The adapter learned with its own template, which need not be the base model's.
+        template = task.adapter_path / "chat_template.jinja"
+        if template.is_file():
+            tokenizer.chat_template = template.read_text(encoding="utf-8")
+    setup = Setup(task, hardware, choose_precision(task.run, hardware), tokenizer, scratch)
+    if task.run.hyperparameters.extra:
+        check_extra(task.run, arguments(setup, evaluates=task.validation_path is not None))
+    return setup
+
+
+def load_start(setup: Setup) -> PreTrainedModel | PeftModel:
+    """Load what training starts from: the base model, with the adapter that the run goes on from where there is one.
+
+    Raises:
+        InvalidModel: The base model cannot be loaded, or the tokenizer is another model's.
+        InvalidAdapter: The adapter is another model's.
+    """
+    base = load_base(setup)
+    if setup.task.adapter_path is None:
+        return base
+    return with_loaded_adapter(base, setup.task.adapter_path, setup.task.run.model.revision)
+
+
+def load_base(setup: Setup, outputs: Sequence[str] | None = None) -> PreTrainedModel:
+    """Load the base model to train it.
+
+    Raises:
+        InvalidModel: It cannot be loaded, or the tokenizer is another model's.
+    """
+    task, precision = setup.task, setup.precision
+    # A head that the files do not have is drawn at random.
+    set_seed(task.run.hyperparameters.seed)
+    model = load_model(
+        task.model_path,
+        task.run,
+        precision,
+        weights=precision.weights,
+        on_gpu=setup.hardware.on_gpu,
+        outputs=outputs,
+    )
+    check_vocabulary(model, setup.tokenizer)
+    if outputs is not None:
+        # A classifier looks for the last token that is no padding.
+        model.config.pad_token_id = setup.tokenizer.pad_token_id
+    model.name_or_path = base_model_id(task.run)  # what the adapter names as its base, instead of a folder of this pod
+    return model
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer of another model, which would index past the embedding.
+
+    Raises:
+        InvalidModel: The tokenizer has more tokens than the model.
+    """
+    embedding = cast("nn.Embedding", model.get_input_embeddings())
+    if len(tokenizer) > embedding.num_embeddings:
+        raise InvalidModel(
+            f"the tokenizer has {len(tokenizer)} tokens, the model only {embedding.num_embeddings} embeddings: "
+            "the files in the model's folder do not belong together"
+        )
+
+
+def arguments(setup: Setup, *, evaluates: bool) -> dict[str, object]:
+    """Return the arguments that all trainers have in common."""
+    return common_arguments(
+        setup.task.run,
+        setup.precision,
+        on_gpu=setup.hardware.on_gpu,
+        scratch=setup.scratch / "trainer",
+        evaluates=evaluates,
+    )
+
+
+def plan(setup: Setup, trainer: Trainer, rows: TokenFile) -> PlanEvent:
+    """Return what is known before the first step."""
+    total_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+    return plan_of(setup, cast("PreTrainedModel | PeftModel", trainer.model), total_steps, rows)
+
+
+def plan_of(setup: Setup, model: PreTrainedModel | PeftModel, total_steps: int, rows: TokenFile) -> PlanEvent:
+    """Return what is known of a model before the first of so many steps."""
+    targets = None
+    if isinstance(model, PeftModel):
+        trainable, total = model.get_nb_trainable_parameters()
+        # Prefix and prompt tuning have no target modules.
+        named = getattr(model.peft_config["default"], "target_modules", None)
+        targets = sorted(named) if named else None
+    else:
+        trainable, total = model.num_parameters(only_trainable=True), model.num_parameters()
+    return PlanEvent(
+        total_steps=total_steps,
+        dtype=setup.precision.name,
+        trainable_parameters=trainable,
+        total_parameters=total,
+        target_modules=targets,
+        train_rows=rows.rows,
+        dropped_rows=rows.dropped,
+        cut_rows=rows.cut,
+    )
+
+
+def fit(setup: Setup, trainer: Trainer, report: Report, *, evaluates: bool) -> tuple[float, float]:
+    """Train; evaluate the base before and the result after it where there are validation rows.
+
+    Returns:
+        Mean training loss, and the seconds that training took.
+    """
+    trainer.remove_callback(PrinterCallback)
+    if evaluates:
+        trainer.evaluate()
+    evaluation = setup.task.run.evaluation
+    selection = Selection(evaluation, setup.scratch, report) if evaluates and evaluation.selects else None
+    if selection is not None:
+        trainer.add_callback(selection)
+    report(StageEvent(stage="Training"))
+    began = time.monotonic()
+    # Evaluation and answers drew random numbers; dropout must not depend on whether they took place.
+    set_seed(setup.task.run.hyperparameters.seed)
+    loss: float = trainer.train().training_loss
+    seconds = time.monotonic() - began
+    if selection is not None:
+        selection.finish(trainer)
+        trainer.remove_callback(selection)  # weights that are rounded below are no further candidate
+    if not setup.trains_adapter:
+        # Weights only, as they are saved: buffers such as rotary frequencies stay in float32 when a model is loaded.
+        for weight in cast("PreTrainedModel", trainer.model).parameters():
+            weight.data = weight.data.to(setup.result_dtype)
+    if evaluates and not is_evaluated(trainer, setup):
+        trainer.evaluate()
+    return loss, seconds
+
+
+def is_evaluated(trainer: Trainer, setup: Setup) -> bool:
+    """Tell whether the weights as they are saved were evaluated: after the last step, and not rounded since."""
+    return is_last_step_evaluated(trainer) and (setup.trains_adapter or setup.result_dtype == setup.precision.weights)
+
+
+def trained_model(trainer: Trainer) -> PreTrainedModel | PeftModel:
+    """Return the model as a user runs it, without the trainer's autocast."""
+    model: PreTrainedModel | PeftModel = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    return model
+
+
+def save(setup: Setup, model: PreTrainedModel | PeftModel) -> None:
+    """Write the adapter or the model with its tokenizer."""
+    setup.result_path.mkdir(parents=True, exist_ok=True)
+    if setup.trains_adapter:
+        # The vocabulary is never resized; "auto" would ask the hub about the base model to find that out.
+        # And of a DPO run that went on from an adapter only what it trained: not the reference, a copy of the start.
+        model.save_pretrained(setup.result_path, save_embedding_layers=False, selected_adapters=["default"])
+        (setup.result_path / "README.md").unlink()  # peft's unfilled form of a model card
+    else:
+        model.save_pretrained(setup.result_path)
+    setup.tokenizer.save_pretrained(setup.result_path)
+
+
+def save_samples(setup: Setup, answers: list[dict[str, str]]) -> None:
+    """Write samples.json."""
+    text = json.dumps(answers, ensure_ascii=False, indent=2)
+    (setup.task.output_path / "samples.json").write_text(text + "\n", encoding="utf-8")
+
+
+def load_result(setup: Setup, outputs: Sequence[str] | None = None) -> PreTrainedModel | PeftModel:
+    """Load the saved files as a user would."""
+    run, precision, on_gpu = setup.task.run, setup.precision, setup.hardware.on_gpu
+    if not setup.trains_adapter:
+        return load_model(setup.result_path, run, precision, weights=setup.result_dtype, on_gpu=on_gpu, outputs=outputs)
+    base = load_model(setup.task.model_path, run, precision, weights=precision.weights, on_gpu=on_gpu, outputs=outputs)
+    model = PeftModel.from_pretrained(base, setup.result_path)
+    if outputs is not None:
+        base.config.pad_token_id = setup.tokenizer.pad_token_id
+        match_head(setup, model)
+    if run.quantization is not None:
+        round_adapter(model)
+    return model
+
+
+def match_head(setup: Setup, model: nn.Module) -> None:
+    """Give the classification head beside an adapter the number format of the hidden states that it reads."""
+    for name, parameter in model.named_parameters():
+        if ".modules_to_save." in name:
+            parameter.data = parameter.data.to(setup.precision.weights)
+
+
+def round_adapter(model: PeftModel) -> None:
+    """Round an adapter on a quantized base to bfloat16, in which TRL trains them; peft loads them as float32."""
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and "lora_magnitude_vector" not in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that shape a result."""
+    return {"python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in _REPORTED_VERSIONS
+    }

@@ -1,0 +1,61 @@
+"""Reward model: one number per answer, trained so that the better answer gets the higher one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import PreTrainedModel
+from trl import RewardTrainer
+
+from tunewright_trainer import recipe, verify
+from tunewright_trainer.adapter import adapter_config
+from tunewright_trainer.arguments import reward_config
+from tunewright_trainer.callback import ProgressCallback, Report
+from tunewright_trainer.preference_rows import PreferenceTokenizer, write_scored
+from tunewright_trainer.protocol import WorkerTask
+from tunewright_trainer.recipe import Setup, Trained
+from tunewright_trainer.rows import TokenFile
+
+OUTPUTS = ("reward",)
+"""The model's one output."""
+
+
+def train(task: WorkerTask, report: Report, scratch: Path) -> None:
+    """Train as the task says; see `recipe.run_recipe`."""
+    recipe.run_recipe(task, report, scratch, train_and_save)
+
+
+def train_and_save(setup: Setup, report: Report) -> Trained:
+    """Train, evaluate before and after, write the result files, and record the probe."""
+    task, run = setup.task, setup.task.run
+    rows = PreferenceTokenizer(setup.tokenizer, run.hyperparameters.max_sequence_length, max_prompt_length=None)
+    train_rows = write_scored(rows, task.train_path, "training", setup.scratch)
+    validation = write_scored(rows, task.validation_path, "validation", setup.scratch) if task.validation_path else None
+    trainer = build_trainer(setup, recipe.load_base(setup, OUTPUTS), train_rows, validation, report)
+    report(recipe.plan(setup, trainer, train_rows))
+    loss, seconds = recipe.fit(setup, trainer, report, evaluates=validation is not None)
+    tuned = recipe.trained_model(trainer)
+    recipe.save(setup, tuned)
+    ids_BT = verify.probe_ids(trainer.train_dataset[: verify.PROBE_ROWS]["chosen_ids"])
+    return Trained(verify.record_probe(tuned, ids_BT), trainer.state.global_step, loss, seconds, OUTPUTS)
+
+
+def build_trainer(
+    setup: Setup, model: PreTrainedModel, train_rows: TokenFile, validation: TokenFile | None, report: Report
+) -> RewardTrainer:
+    """Return the trainer, with an adapter on the model where the method says so; the head is trained in any case."""
+    run = setup.task.run
+    assert run.objective.reward is not None, "resolve_objective fills the block"
+    common = recipe.arguments(setup, evaluates=validation is not None)
+    trainer = RewardTrainer(
+        model=model,
+        args=reward_config(run, run.objective.reward, common),
+        train_dataset=Dataset.from_file(str(train_rows.path)),
+        eval_dataset=Dataset.from_file(str(validation.path)) if validation else None,
+        processing_class=setup.tokenizer,
+        peft_config=adapter_config(model, run, str(setup.task.model_path), "SEQ_CLS"),
+        callbacks=[ProgressCallback(report)],
+    )
+    recipe.match_head(setup, trainer.model)
+    return trainer
