@@ -37,6 +37,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def make_task(tiny: Path, tmp_path: Path) -> MakeTask:
     """Builds a task on the tiny model; keyword arguments replace parts of the spec."""
+    return task_maker(tiny, tmp_path)
+
+
+def task_maker(tiny: Path, tmp_path: Path) -> MakeTask:
+    """Return what builds a task with its files in a folder."""
 
     def make(
         *,
@@ -99,11 +104,11 @@ class Train(Protocol):
 @pytest.fixture
 def train(tmp_path: Path) -> Train:
     """Runs the recipe in this process."""
-    from tunewright_trainer import sft
+    from tunewright_trainer import worker
 
     def run(task: WorkerTask, events: Events | None = None) -> Events:
         reported = Events() if events is None else events
-        sft.train(task, reported.append, tmp_path / "scratch")
+        worker.recipe_of(task)(task, reported.append, tmp_path / "scratch")
         return reported
 
     return run

@@ -43,10 +43,25 @@ def steps(count: int) -> None:
         say(event="step", step=step, epoch=step / 10, loss=2.0 - step / 10, learningRate=0.1, tokensPerSecond=99.5)
 
 
+def stop_early(output: Path) -> None:
+    """End after four of ten steps, with the weights of the second one."""
+    steps(4)
+    say(event="evaluation", step=2, loss=1.25)
+    say(event="evaluation", step=4, loss=1.5)
+    say(event="earlyStop", step=4, message="stopped early at step 4 of 10")
+    say(event="best", step=2, loss=1.25)
+    save(output, 4)
+
+
 def succeed(output: Path) -> None:
-    """Write an adapter, some files that must not be published, and the result."""
+    """Train to the end."""
     steps(10)
     say(event="evaluation", step=10, loss=1.25)
+    save(output, 10)
+
+
+def save(output: Path, count: int) -> None:
+    """Write an adapter, some files that must not be published, and the result."""
     (output / "adapter").mkdir(parents=True)
     header = json.dumps({"w": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]}}).encode()
     (output / "adapter/adapter_model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
@@ -59,7 +74,7 @@ def succeed(output: Path) -> None:
         event="result",
         kind="Adapter",
         root="adapter",
-        steps=10,
+        steps=count,
         trainLoss=1.5,
         reloadMaxDifference=0.0,
         trainSeconds=1.0,
@@ -73,7 +88,10 @@ def main() -> int:
     (WORK / "pid").write_text(str(os.getpid()))
     print("importing the stack", flush=True)
     print(
-        "leaking", os.environ.get("LEAK", "nothing"), sorted(n for n in os.environ if n.startswith("AWS_")), flush=True
+        "leaking",
+        os.environ.get("LEAK", "nothing"),
+        sorted(n for n in os.environ if n.startswith(("AWS_", "HF_"))),
+        flush=True,
     )
     if BEHAVIOUR == "broken import":
         print("ModuleNotFoundError: No module named 'torch'", flush=True)
@@ -87,6 +105,8 @@ def main() -> int:
     match BEHAVIOUR:
         case "succeed":
             succeed(Path(task["outputPath"]))
+        case "early stop":
+            stop_early(Path(task["outputPath"]))
         case "child" | "deaf" | "stall":
             steps(3)
             time.sleep(600)

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from tunewright_api.defaults import ResolvedLoRA
-from tunewright_trainer.lora import linear_layers, lora_config
+from tunewright_trainer.adapter import linear_layers, lora_config
 from tunewright_trainer.targets import resolve_preset
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
@@ -97,7 +97,7 @@ def test_presets_of_an_architecture(architecture: str) -> None:
     for preset, expected in presets.items():
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        layers = linear_layers(model)
+        layers = list(linear_layers(model))
         assert resolve_preset(preset, layers) == expected
         lora = ResolvedLoRA(rank=2, alpha=4, dropout=0.0, targets=preset, target_modules=None)
         adapted = get_peft_model(model, lora_config(model, lora, revision=None), low_cpu_mem_usage=True)

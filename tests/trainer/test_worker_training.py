@@ -247,16 +247,16 @@ def test_files_that_are_not_the_model_are_not_published(
     make_task: MakeTask, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When the saved adapter is not what was trained, the run fails and says by how much."""
-    from tunewright_trainer import sft
+    from tunewright_trainer import recipe
 
-    save = sft.save
+    save = recipe.save
 
-    def save_wrong(setup: sft.Setup, model: PeftModel, answers: list[dict[str, str]]) -> None:
-        save(setup, model, answers)
+    def save_wrong(setup: recipe.Setup, model: PeftModel) -> None:
+        save(setup, model)
         path = setup.result_path / "adapter_model.safetensors"
         save_file({name: tensor * 0 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
 
-    monkeypatch.setattr(sft, "save", save_wrong)
+    monkeypatch.setattr(recipe, "save", save_wrong)
     with pytest.raises(VerificationFailed, match=r"largest difference 0\.\d+, allowed 0\.0001"):
         train(make_task())
 

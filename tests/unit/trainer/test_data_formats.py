@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from tunewright_api.v1alpha1.parts import Columns
-from tunewright_trainer.data_formats import BadField, choose_format
+from tunewright_trainer.data_formats import choose_format
 from tunewright_trainer.errors import InvalidConfiguration, InvalidData
+from tunewright_trainer.fields import BadField
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
@@ -134,7 +136,14 @@ def turn(role: Any = "user", content: Any = "Hi", **more: Any) -> dict[str, Any]
         ({"messages": [{"role": "user"}]}, "messages[0].content", "is missing; there are 'role'"),
         ({"messages": [turn(), turn("assistant", "")]}, "messages[1].content", "is empty"),
         ({"messages": [turn(content=[{"type": "text"}])]}, "messages[0].content", "must be a string, is a list"),
-        ({"messages": [turn("assistant", None, tool_calls=[{}])]}, "messages[0].tool_calls", "tool calls are not"),
+        (
+            {"messages": [turn("assistant", None, tool_calls=[{}])]},
+            "messages[0].tool_calls[0]",
+            "must be an object with function",
+        ),
+        ({"messages": [turn("user", "x", tool_calls=[{"name": "f"}])]}, "messages[0].tool_calls", "only an assistant"),
+        ({"messages": CHAT, "tools": "{"}, "tools", "is no JSON"),
+        ({"messages": CHAT, "tools": [1]}, "tools", "must be a list of tool schemas"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "conversations[0].from", "unknown role 'alien'"),
     ],
 )
@@ -158,3 +167,27 @@ def test_a_later_row_without_the_column() -> None:
     with pytest.raises(BadField) as caught:
         chosen.normalise({"prompt": "Q"})
     assert (caught.value.field, caught.value.message) == ("completion", "is missing; the row has 'prompt'")
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+SCHEMA = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [CALL, CALL["function"], {"id": "1", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}],
+    ids=["as chat templates read it", "bare", "arguments as text"],
+)
+@pytest.mark.parametrize("schemas", [[SCHEMA], json.dumps([SCHEMA])], ids=["list", "text"])
+def test_tool_calls(call: dict[str, Any], schemas: object) -> None:
+    """Calls and tool schemas keep their content, in the one form that chat templates read."""
+    turns = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "name": "weather", "content": "rain"},
+        {"role": "assistant", "content": "It rains."},
+    ]
+    row = normalise({"messages": turns, "tools": schemas})
+    assert row["tools"] == [SCHEMA]
+    assert row["messages"][1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    assert row["messages"][2] == {"role": "tool", "name": "weather", "content": "rain"}

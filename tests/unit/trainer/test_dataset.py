@@ -56,6 +56,16 @@ def test_max_samples_takes_the_first_rows(tmp_path: Path) -> None:
     assert prompts(data.train_path) == ["p0", "p1", "p9"]
 
 
+def test_weights_say_how_often_rows_are_used(tmp_path: Path) -> None:
+    """2 takes every row twice; a fraction draws rows by the seed, the same ones every time."""
+    files = {"a.jsonl": rows(2), "b.jsonl": rows(400, 10)}
+    train = [{"uri": "s3://data/a.jsonl", "weight": 2}, {"uri": "s3://data/b.jsonl", "weight": 0.25}]
+    found = prompts(run(tmp_path, files, train=train).train_path)
+    assert found[:4] == ["p0", "p0", "p1", "p1"]
+    assert 70 < len(found) - 4 < 130
+    assert found == prompts(run(tmp_path, files, train=train).train_path)
+
+
 def test_validation_files(tmp_path: Path) -> None:
     """Validation files go where the worker evaluates."""
     data = run(

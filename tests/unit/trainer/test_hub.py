@@ -1,119 +1,202 @@
-"""Models from a hub: a small server on this machine answers as the Hugging Face Hub does."""
+"""Models and data sets from a hub: the real client against a stand-in of the Hugging Face Hub."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 
+from tests.hub_server import Fault, HubServer, User
+from tunewright_api.run_config import HubSettings
 from tunewright_trainer import hub
-from tunewright_trainer.errors import AccessDenied, MissingModel, StorageUnavailable, TrainerError
+from tunewright_trainer.errors import (
+    AccessDenied,
+    HubUnavailable,
+    InvalidConfiguration,
+    MissingFile,
+    MissingModel,
+    TrainerError,
+)
 from tunewright_trainer.transfer import Stop, ignore
 
-COMMIT = "c" * 40
 FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"tensors", "evil.bin": b"pickle"}
-REFUSALS = {
-    "gone": (404, "RepoNotFound"),
-    "private": (401, "RepoNotFound"),
-    "gated": (403, "GatedRepo"),
-    "old": (404, "RevisionNotFound"),
-    "forbidden": (403, ""),
-    "down": (503, ""),
-}
+SECRET = "hf-token"
+ROWS = b'{"text": "a"}\n'
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Knows org/model, and one name for every way to refuse."""
-
-    def do_HEAD(self) -> None:
-        """Describe a file."""
-        self._answer(head=True)
-
-    def do_GET(self) -> None:
-        """Answer an API call or send a file."""
-        self._answer(head=False)
-
-    def _answer(self, *, head: bool) -> None:
-        path = self.path.partition("?")[0]
-        name = path.split("/")[4] if path.startswith("/api/") else path.split("/")[2]
-        if name in REFUSALS:
-            status, code = REFUSALS[name]
-            self._send(status, b"{}", {"X-Error-Code": code} if code else {}, head)
-        elif "/resolve/" in path:
-            content = FILES[path.rpartition("/")[2]]
-            etag = hashlib.sha256(content).hexdigest()
-            self._send(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}, head)
-        elif "/tree/" in path:
-            tree = [{"type": "file", "path": n, "size": len(c), "oid": "0" * 40} for n, c in FILES.items()]
-            self._send(200, json.dumps(tree).encode(), {}, head)
-        else:
-            siblings = [{"rfilename": n, "size": len(c), "blobId": "0" * 40} for n, c in FILES.items()]
-            document = {"id": "org/model", "sha": COMMIT, "siblings": siblings, "private": False, "tags": []}
-            self._send(200, json.dumps(document).encode(), {}, head)
-
-    def _send(self, status: int, body: bytes, headers: dict[str, str], head: bool) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if not head:
-            self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Stay silent."""
-
-
-@pytest.fixture(autouse=True)
-def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Points the hub client to the server."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", constants.ENDPOINT + "/{repo_id}/resolve/{revision}/{filename}"
-    )
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A hub with public, private and gated repositories; no token yet."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    yield
-    server.shutdown()
-    server.server_close()
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nonexistent")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with HubServer.start() as running:
+        running.add("model", "org/model", FILES)
+        running.add("model", "org/private", FILES, private=True)
+        running.add("model", "org/gated", FILES, gated=True)
+        running.add("dataset", "org/rows", {"README.md": b"#", "data/train.jsonl": ROWS})
+        running.add("dataset", "org/secret", {"train.jsonl": ROWS}, private=True)
+        running.tokens["hf_member"] = User("alice", ("org",))
+        running.tokens["hf_stranger"] = User("bob")
+        yield running
 
 
-def test_a_model_is_pinned_and_fetched(tmp_path: Path) -> None:
+def settings(server: HubServer, secret_name: str | None = SECRET) -> HubSettings:
+    """Return settings for the server."""
+    return HubSettings(endpoint=server.endpoint, secret_name=secret_name)
+
+
+def test_a_model_is_pinned_and_fetched(server: HubServer, tmp_path: Path) -> None:
     """The revision becomes a commit, and only the files that were chosen are fetched."""
-    model = hub.resolve("hf://org/model", None, Stop())
-    assert (model.repository, model.commit) == ("org/model", COMMIT)
+    model = hub.resolve("model", "org/model", None, settings(server), Stop())
+    commit = server.repositories["model", "org/model"].branches["main"][0].oid
+    assert (model.repository, model.commit) == ("org/model", commit)
     assert {file.name: file.size_bytes for file in model.files} == {n: len(c) for n, c in FILES.items()}
-    hub.download(model, ["config.json", "model.safetensors"], tmp_path / "model", Stop(), ignore)
+    chosen = ["config.json", "model.safetensors"]
+    hub.download(model, chosen, tmp_path / "model", settings(server), Stop(), ignore)
     fetched = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir() if path.is_file()}
-    assert fetched == {"config.json": FILES["config.json"], "model.safetensors": b"tensors"}
+    assert fetched == {name: FILES[name] for name in chosen}
+    assert not server.sent("evil.bin")
+
+
+@pytest.mark.parametrize("name", ["private", "gated"])
+def test_a_token_opens_private_and_gated_models(
+    server: HubServer, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The token comes from HF_TOKEN, where the pod has it from the Secret."""
+    monkeypatch.setenv("HF_TOKEN", "hf_member")
+    model = hub.resolve("model", f"org/{name}", None, settings(server), Stop())
+    hub.download(model, ["config.json"], tmp_path / "model", settings(server), Stop(), ignore)
+    assert (tmp_path / "model/config.json").read_bytes() == FILES["config.json"]
 
 
 @pytest.mark.parametrize(
-    ("name", "error", "message"),
+    ("name", "token", "error", "message"),
     [
-        ("gone", MissingModel, "hf://org/gone: the hub has no such model, or it is private: check the name, or put"),
-        ("private", MissingModel, "hf://org/private: the hub has no such model, or it is private"),
-        ("gated", AccessDenied, "hf://org/gated is gated: accept its terms on the hub, then put a token"),
-        ("old", MissingModel, "hf://org/old: the repository has no revision 'v1': set model.revision"),
-        ("forbidden", AccessDenied, "hf://org/forbidden: the hub answered 403: put a token"),
-        ("down", StorageUnavailable, "hf://org/down: the hub answered 503, all retries included"),
+        (
+            "gone",
+            None,
+            MissingModel,
+            "hf://org/gone: the hub has no such model, or it is private: check the name, or put",
+        ),
+        (
+            "private",
+            None,
+            MissingModel,
+            "hf://org/private: the hub has no such model, or it is private: check the name",
+        ),
+        (
+            "private",
+            "hf_stranger",
+            MissingModel,
+            "hf://org/private: the hub has no such model, or the token may not read it: check the name, or put a token "
+            "with access under the key `token` of Secret hf-token",
+        ),
+        ("gated", None, AccessDenied, "hf://org/gated is gated: accept its terms on the hub, then put a token"),
+        (
+            "model",
+            "hf_expired",
+            AccessDenied,
+            "hf://org/model: the hub answered 401 (Invalid credentials in Authorization header): put a token",
+        ),
+        ("model", None, MissingModel, "hf://org/model: the repository has no revision 'v1': set model.revision"),
+        ("bad--name", None, InvalidConfiguration, "hf://org/bad--name: Cannot have -- or .."),
     ],
 )
-def test_a_refusal_is_explained(name: str, error: type[TrainerError], message: str) -> None:
-    """What the hub refuses is told with what to do; an outage is retried by a new attempt."""
+def test_a_refusal_is_explained(
+    server: HubServer,
+    name: str,
+    token: str | None,
+    error: type[TrainerError],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the hub refuses is told with what to do."""
+    if token is not None:
+        monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(error) as caught:
-        hub.resolve(f"hf://org/{name}", "v1", Stop(), retry_seconds=0.1)
+        hub.resolve("model", f"org/{name}", "v1", settings(server), Stop(), retry_seconds=0.1)
     assert str(caught.value).startswith(message)
+    assert token is None or token not in str(caught.value)
 
 
-def test_no_connection_is_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_secret_the_message_says_where_to_name_one(server: HubServer) -> None:
+    """There is no Secret whose key could be wrong."""
+    with pytest.raises(AccessDenied, match=r"name a Secret with an access token \(key `token`\) in hub.secretName"):
+        hub.resolve("model", "org/gated", None, settings(server, None), Stop())
+
+
+@pytest.mark.parametrize("status", [429, 503, None])
+def test_a_hub_that_answers_later_is_waited_for(server: HubServer, status: int | None) -> None:
+    """Too many requests, an outage and a broken connection pass; after the time allowed they are an outage."""
+    server.faults.append(Fault("GET", "/api/models/org/model", status))
+    assert hub.resolve("model", "org/model", None, settings(server), Stop()).commit
+    server.faults.append(Fault("GET", "/api/models/org/model", status, times=9))
+    with pytest.raises(HubUnavailable, match=r"hf://org/model: .*, all retries included"):
+        hub.resolve("model", "org/model", None, settings(server), Stop(), retry_seconds=0.1)
+
+
+@pytest.mark.usefixtures("server")
+def test_no_connection_is_an_outage() -> None:
     """A hub that cannot be reached is no mistake of the user."""
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
-    with pytest.raises(StorageUnavailable, match="no connection to the hub"):
-        hub.resolve("hf://org/model", None, Stop(), retry_seconds=0.1)
+    unreachable = HubSettings(endpoint="http://127.0.0.1:1")
+    with pytest.raises(HubUnavailable, match="no connection to the hub"):
+        hub.resolve("model", "org/model", None, unreachable, Stop(), retry_seconds=0.1)
+
+
+def test_a_download_that_breaks_off_is_no_model(server: HubServer, tmp_path: Path) -> None:
+    """The client takes an unfinished folder for the model when the listing fails; the trainer does not."""
+    model = hub.resolve("model", "org/model", None, settings(server), Stop())
+    (tmp_path / "config.json").write_bytes(FILES["config.json"])
+    server.faults.append(Fault("GET", "/tree/", 400))
+    with pytest.raises(HubUnavailable):
+        hub.download(model, list(FILES), tmp_path, settings(server), Stop(), ignore, retry_seconds=0.1)
+
+
+def test_a_file_of_a_data_set_is_pinned_and_fetched(server: HubServer, tmp_path: Path) -> None:
+    """Its version is the commit, so that the run key has it."""
+    uri = "hf://datasets/org/rows/data/train.jsonl"
+    file = hub.find_data_file(uri, "main", settings(server), Stop())
+    commit = server.repositories["dataset", "org/rows"].branches["main"][0].oid
+    assert (file.name, file.size_bytes, file.version) == ("train.jsonl", len(ROWS), commit)
+    snapshot = hub.HubSnapshot("dataset", "org/rows", commit)
+    hub.download(snapshot, ["data/train.jsonl"], tmp_path, settings(server), Stop(), ignore)
+    assert (tmp_path / "data/train.jsonl").read_bytes() == ROWS
+
+
+@pytest.mark.parametrize(
+    ("uri", "revision", "message"),
+    [
+        (
+            "org/rows/train.jsonl",
+            None,
+            r"has no file 'train.jsonl' at commit [0-9a-f]{12}; its files: README.md, data/train",
+        ),
+        ("org/secret/train.jsonl", None, "hf://datasets/org/secret: the hub has no such data set, or it is private"),
+        ("org/rows/data/train.jsonl", "v9", "no revision 'v9': set the data source's revision"),
+    ],
+)
+def test_missing_data_is_explained(server: HubServer, uri: str, revision: str | None, message: str) -> None:
+    """Data set, file or revision."""
+    with pytest.raises(MissingFile, match=message):
+        hub.find_data_file(f"hf://datasets/{uri}", revision, settings(server), Stop())
+
+
+def test_errors_of_xet_and_of_upload_threads() -> None:
+    """Xet's connection errors are an outage; a fault of the client's own, wrapped by its threads, is not."""
+    subject = hub.Subject("hf://org/name", "model", None, "model.revision", MissingModel)
+
+    def break_off() -> None:
+        raise ConnectionError("Network error: 503")
+
+    with pytest.raises(HubUnavailable, match=r"no connection to the hub \(ConnectionError: Network error: 503\), all"):
+        hub.retried(subject, HubSettings(), Stop(), break_off, retry_seconds=0.1)
+
+    def fail() -> None:
+        raise RuntimeError("Error while uploading 'x'") from ValueError("Malformed response")
+
+    with pytest.raises(RuntimeError, match="Error while uploading"):
+        hub.retried(subject, HubSettings(), Stop(), fail, retry_seconds=0.1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tunewright_api.v1alpha1.parts import TargetPreset
+from tunewright_api.v1alpha1.method import TargetPreset
 from tunewright_trainer.errors import InvalidConfiguration
 from tunewright_trainer.targets import check_targets, resolve_preset
 
