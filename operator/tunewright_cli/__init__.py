@@ -1,1 +1,1 @@
-"""The command line: validate, plan, run, watch and fetch."""
+"""The command line: validate, plan, convert, run, watch and fetch."""

@@ -70,7 +70,7 @@ def check_file(name: str, *, local: bool = False) -> Iterator[CheckedDocument]:
         InvalidFile: The file cannot be read, or is not YAML.
     """
     shown = "<stdin>" if name == "-" else name
-    for document in read_documents(_text(name), shown):
+    for document in read_documents(read_text(name), shown):
         yield _check(document, shown, local=local)
 
 
@@ -99,7 +99,12 @@ def _none_called(wanted: str, file: str, jobs: Sequence[CheckedDocument]) -> lis
     raise InvalidArgument(f"{file} holds no FineTuneJob {wanted!r}: there are {', '.join(d.name for d in jobs)}")
 
 
-def _text(name: str) -> str:
+def read_text(name: str) -> str:
+    """Return the content of a file, or of stdin for `-`.
+
+    Raises:
+        InvalidFile: It cannot be read.
+    """
     try:
         return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
     except OSError as error:

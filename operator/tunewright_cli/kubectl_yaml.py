@@ -1,4 +1,4 @@
-"""Read YAML as kubectl reads it, and remember where every field stands.
+"""Read YAML as kubectl reads it, and remember where every field stands; write what kubectl reads back the same.
 
 PyYAML follows YAML 1.1 to the letter, where `2e-4` is a string; kubectl's Go reader takes it for a number. Here the
 rules are those of go.yaml.in/yaml/v2 (`resolve.go`), which is what kubectl uses: booleans of YAML 1.1, integers in all
@@ -33,6 +33,9 @@ _INT64_MIN, _UINT64_MAX = -(2**63), 2**64 - 1
 
 _SHORTEST_EXPONENT = 1e21
 """Go writes smaller numbers without an exponent in JSON."""
+
+_LINE = 110
+"""Characters of a written line; longer text becomes a block."""
 
 _PLAIN = "plain"
 """Tag of a scalar written without quotes and without a tag of its own."""
@@ -93,6 +96,30 @@ def read_documents(text: str, name: str) -> Iterator[Document]:
         raise InvalidFile(f"{place}: not valid YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
         raise InvalidFile(f"{name}: not valid YAML: {error}") from None
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that kubectl would take for something else, and writes long text as a block."""
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        super().increase_indent(flow, False)  # list items stand below their key, as in our examples
+
+    def represent_text(self, text: str) -> yaml.Node:
+        is_long = "\n" in text or len(text) > _LINE
+        style = "|" if is_long else None if isinstance(_scalar(text), str) else "'"
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+    def represent_number(self, number: float) -> yaml.Node:
+        return self.represent_int(int(number)) if number.is_integer() else self.represent_float(number)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+_Dumper.add_representer(float, _Dumper.represent_number)
+
+
+def write_document(content: Any) -> str:
+    """Return YAML that kubectl and PyYAML both read as `content`, keys in their order."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=_LINE)
 
 
 class _Builder:

@@ -98,6 +98,26 @@ def plan(
     command.run(filename, name, output.value, endpoint=endpoint, region=region)
 
 
+@app.command(short_help="Turn an Axolotl configuration into a FineTuneJob.")
+def convert(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="Axolotl's YAML file, or - for stdin.")],
+    name: Annotated[
+        str | None, typer.Option("--name", help="Name of the FineTuneJob. Default: made of the file's name.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="File to write to. Default: stdout.")
+    ] = None,
+) -> None:
+    """Turn an Axolotl configuration into a FineTuneJob.
+
+    What is left to do, what differs, and every key that is not converted or not needed stands on stderr with its
+    place. A key without which the result would be another one is an error: exit code 20, and nothing is written.
+    """
+    from tunewright_cli import convert as command
+
+    command.run(config, name, output)
+
+
 @app.command(short_help="Train on this machine, without Kubernetes.")
 def run(
     filename: OneFile,

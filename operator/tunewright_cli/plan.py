@@ -12,13 +12,12 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from tunewright_api.defaults import ResolvedHyperparameters
 from tunewright_api.run_config import TrainRun
 from tunewright_api.v1alpha1.finetunejob import FineTuneJob
 from tunewright_api.validation import InvalidDocument, parse_finetunejob
 from tunewright_cli.documents import load_one
 from tunewright_cli.errors import InvalidFile, MissingPackage
-from tunewright_cli.rows import Rows, check_rows, steps_of
+from tunewright_cli.rows import Rows, check_rows, rows_per_step, steps_of
 from tunewright_cli.storage import storage_settings
 
 # Parts of the run document that carry defaults, with the place of the same part in the spec.
@@ -29,6 +28,7 @@ _PARTS = {
     "evaluation": ("evaluation",),
     "model": ("model",),
     "storage": ("storage",),
+    "hub": ("hub",),
 }
 _UNKNOWN_UNTIL_CREATED = "set-by-the-api-server"
 
@@ -57,10 +57,12 @@ def run(file: str, wanted: str | None, output: str, *, endpoint: str | None, reg
     job = job.model_copy(update={"metadata": metadata})
     train_run, manifest = _render(job)
     rows = check_rows(train_run, storage_settings(train_run.storage, endpoint=endpoint, region=region))
-    steps = steps_of(train_run.hyperparameters, rows.train)
+    grpo = train_run.objective.grpo
+    steps = steps_of(train_run.hyperparameters, rows.train, grpo.generations if grpo else None)
     settings = list(settings_of(job, train_run))
     if output == "text":
-        _print(job, settings, rows, steps, train_run.hyperparameters, manifest)
+        each = rows_per_step(train_run.hyperparameters, grpo.generations if grpo else 1)
+        _print(job, settings, rows, steps, each, manifest)
         return
     document = {
         "name": job.metadata.name,
@@ -127,7 +129,7 @@ def _print(
     settings: list[Setting],
     rows: Rows,
     steps: int | None,
-    hyperparameters: ResolvedHyperparameters,
+    rows_each: int,
     manifest: dict[str, Any] | None,
 ) -> None:
     console = Console(highlight=False)
@@ -140,10 +142,7 @@ def _print(
         table.add_row(setting.path, _shown(setting.value), _origin(setting), style=None if setting.given else "dim")
     console.print(table)
     console.print(f"\nData:  {_data(rows)}", markup=False)
-    rows_per_step = hyperparameters.batch_size * hyperparameters.gradient_accumulation_steps
-    console.print(
-        f"Steps: {'unknown until the rows are counted' if steps is None else steps}, {rows_per_step} rows each"
-    )
+    console.print(f"Steps: {'unknown until the rows are counted' if steps is None else steps}, {rows_each} rows each")
     if manifest is None:
         console.print("\nNo Job: local paths are only for `tunewright run`.")
         return

@@ -47,8 +47,9 @@ def check_rows(run: TrainRun, settings: StorageSettings) -> Rows:
             from tunewright_trainer.dataset import prepare
             from tunewright_trainer.transfer import Stop, ignore
 
-            seed = run.hyperparameters.seed
-            data = prepare(run.dataset, paths, Path(folder) / "checked", seed, Stop(), ignore)
+            seed, objective = run.hyperparameters.seed, run.objective
+            checked = Path(folder) / "checked"
+            data = prepare(run.dataset, paths, checked, seed, Stop(), ignore, objective.type, objective.reward_columns)
     return Rows(data.train_rows, data.validation_rows or None, data.format.name)
 
 
@@ -61,6 +62,8 @@ def _fetch(dataset: Dataset, settings: StorageSettings, folder: Path) -> dict[st
     for uri in uris:
         if uri.startswith("pvc://"):
             raise _OutOfReach(f"{uri} can be read only in the cluster")
+        if uri.startswith("hf://"):
+            raise _OutOfReach(f"{uri} lies on the Hub: the run itself fetches and checks it")
     files = {uri: storage.stat(uri) for uri in uris}
     size_bytes = sum(file.size_bytes for uri, file in files.items() if uri.startswith("s3://"))
     if size_bytes > MAX_FETCHED_BYTES:
@@ -70,15 +73,25 @@ def _fetch(dataset: Dataset, settings: StorageSettings, folder: Path) -> dict[st
     return paths
 
 
-def steps_of(hyperparameters: ResolvedHyperparameters, train_rows: int | None) -> int | None:
+def rows_per_step(hyperparameters: ResolvedHyperparameters, generations: int = 1) -> int:
+    """Return how many rows an optimizer step takes; `generations` counts the answers to each prompt."""
+    return hyperparameters.batch_size * hyperparameters.gradient_accumulation_steps // generations
+
+
+def steps_of(
+    hyperparameters: ResolvedHyperparameters, train_rows: int | None, generations: int | None = None
+) -> int | None:
     """Return the number of optimizer steps, or None where it depends on rows that nobody counted.
 
-    The last micro-batch and the last accumulation of an epoch may be smaller; both still make a step.
+    The last micro-batch and the last accumulation of an epoch may be smaller; both still make a step. Where
+    `generations` answers to each prompt are compared, only whole steps count.
     """
     if hyperparameters.max_steps is not None:
         return hyperparameters.max_steps
     if train_rows is None or hyperparameters.epochs is None or hyperparameters.packing:
         return None
+    if generations is not None:
+        return math.ceil(hyperparameters.epochs * (train_rows // rows_per_step(hyperparameters, generations)))
     batches = math.ceil(train_rows / hyperparameters.batch_size)
     per_epoch = max(1, math.ceil(batches / hyperparameters.gradient_accumulation_steps))
     return math.ceil(hyperparameters.epochs * per_epoch)

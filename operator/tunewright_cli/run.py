@@ -16,9 +16,12 @@ from rich.console import Console
 from rich.live import Live
 
 from tunewright_api.exit_codes import ExitCode
-from tunewright_api.run_config import StorageSettings, TrainRun, build_train_run, resolve_storage
+from tunewright_api.references import referred_jobs
+from tunewright_api.run_config import HubSettings, StorageSettings, TrainRun, build_train_run, resolve_storage
 from tunewright_api.run_report import Progress, RunReport
+from tunewright_api.v1alpha1.finetunejob import FineTuneJob
 from tunewright_cli.documents import load_one
+from tunewright_cli.errors import InvalidArgument
 from tunewright_cli.storage import storage_settings, trainer_errors
 from tunewright_cli.view import frame, result_lines
 
@@ -35,12 +38,15 @@ def run(
 
     Raises:
         InvalidFile: No valid FineTuneJob in the file.
-        InvalidArgument: Several, and none is chosen.
+        InvalidArgument: Several, and none is chosen; or it refers to another FineTuneJob by name.
         MissingPackage: The trainer is not installed.
     """
     job = load_one(file, wanted, local=True)
+    _refuse_names(job)
     storage = storage_settings(resolve_storage(job.spec, StorageSettings()), endpoint=endpoint, region=region)
     document = build_train_run(job.spec, name=job.metadata.name, namespace=LOCAL_NAMESPACE, attempt=1, storage=storage)
+    # Here the token is that of HF_TOKEN or of `hf auth login`, so messages must not speak of a Secret.
+    document = document.model_copy(update={"hub": HubSettings(endpoint=document.hub.endpoint)})
     folder = work or Path(tempfile.mkdtemp(prefix=f"tunewright-{job.metadata.name}-"))
     report = _train(document, folder, as_json=as_json)
     if work is None:
@@ -50,6 +56,15 @@ def run(
     else:
         _print(report, folder)
     return report.exit_code
+
+
+def _refuse_names(job: FineTuneJob) -> None:
+    for name in referred_jobs(job.spec):
+        raise InvalidArgument(
+            f"{job.metadata.name} refers to FineTuneJob {name!r} by name, which a local run cannot look up: give its"
+            "  result as uri instead of fineTuneJob; "
+            f"`kubectl get ftj {name} -o jsonpath='{{.status.output.manifestUri}}'` prints it"
+        )
 
 
 def _train(document: TrainRun, folder: Path, *, as_json: bool) -> RunReport:

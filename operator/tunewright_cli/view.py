@@ -70,6 +70,8 @@ def result_lines(output: PublishedOutput | None, evaluation: EvaluationResult | 
             f"digest           {output.digest}",
             f"size             {output.size_bytes / 1e6:,.1f} MB",
         ]
+        if output.hub_url is not None:
+            lines.append(f"hub              {output.hub_url}")
     if evaluation is not None and evaluation.base is not None and evaluation.tuned is not None:
         lines.append(f"validation loss  {evaluation.base:.4f} before, {evaluation.tuned:.4f} after")
     return lines

@@ -46,6 +46,12 @@ def test_steps_follow_rows_epochs_and_batches(epochs: float, rows: int | None, s
     assert steps_of(hyperparameters(epochs=epochs), rows) == steps
 
 
+@pytest.mark.parametrize(("epochs", "rows", "steps"), [(1.0, 6, 2), (1.0, 8, 2), (1.0, 2, 0), (1.5, 9, 5)])
+def test_steps_of_groups_are_whole(epochs: float, rows: int, steps: int) -> None:
+    """With 2 answers to each of 3 prompts a step, what is left over of an epoch is not trained on."""
+    assert steps_of(hyperparameters(epochs=epochs), rows, 2) == steps
+
+
 def test_given_steps_need_no_rows_and_packed_rows_no_guess() -> None:
     """maxSteps is the answer; how many packed sequences there are depends on the tokenizer."""
     assert steps_of(hyperparameters(max_steps=7), None) == 7

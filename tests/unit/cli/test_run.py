@@ -36,3 +36,14 @@ def test_an_invalid_file_never_reaches_the_trainer(run: Run, job_file: Path, tmp
     assert result.exit_code == 20
     assert f"{job_file}:7:12: spec.method.type" in result.stderr
     assert not (tmp_path / "work").exists()
+
+
+def test_a_reference_by_name_is_refused(run: Run, job_file: Path, tmp_path: Path) -> None:
+    """Nobody can look it up here; the message says how to find the address."""
+    model = f"{{uri: {tmp_path}/model, continueFrom: {{fineTuneJob: first}}}}"
+    lines = job_file.read_text().splitlines()
+    job_file.write_text("\n".join(f"  model: {model}" if line.startswith("  model:") else line for line in lines))
+    result = run("run", "-f", job_file, "--work", tmp_path / "work")
+    assert result.exit_code == 20
+    assert "kubectl get ftj first -o jsonpath='{.status.output.manifestUri}'" in result.stderr
+    assert not (tmp_path / "work").exists()

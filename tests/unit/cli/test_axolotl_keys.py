@@ -1,0 +1,290 @@
+"""Axolotl's keys one by one: the field each becomes, and the error where none would be true."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tunewright_cli.axolotl.convert import Conversion, convert
+from tunewright_cli.axolotl.draft import Kind
+from tunewright_cli.axolotl.templates import CHATML, LLAMA3
+
+ALPACA = {"path": "s3://datasets/rows.jsonl", "type": "alpaca"}
+CHAT = {"path": "s3://datasets/rows.jsonl", "type": "chat_template"}
+LORA = {"adapter": "lora", "lora_r": 8, "lora_target_linear": True}
+BASE: dict[str, Any] = {"base_model": "org/model", "datasets": [ALPACA], **LORA}
+
+
+def converted(**changes: Any) -> dict[str, Any]:
+    """Return the spec that the smallest configuration becomes with some keys changed."""
+    document = convert({**BASE, **changes}, "name").document
+    assert document is not None
+    spec: dict[str, Any] = document["spec"]
+    return spec
+
+
+def rows(**changes: Any) -> dict[str, Any]:
+    """Return the spec for chats with some keys of the data set changed."""
+    return converted(datasets=[{**CHAT, **changes}])
+
+
+def said(conversion: Conversion, kind: Kind) -> dict[str, str]:
+    """Return what is said, by path."""
+    return {note.path: note.text for note in conversion.notes if note.kind is kind}
+
+
+def errors(**changes: Any) -> dict[str, str]:
+    """Return the errors of the smallest configuration with some keys changed, by path."""
+    conversion = convert({**BASE, **changes}, "name")
+    assert conversion.document is None
+    return said(conversion, Kind.ERROR)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "value"),
+    [
+        ({"learning_rate": "2e-4"}, "hyperparameters.learningRate", 2e-4),
+        ({"learning_rate": 0.00002}, "hyperparameters.learningRate", 2e-5),
+        ({"num_epochs": "3"}, "hyperparameters.epochs", 3),
+        ({"max_steps": 10, "num_epochs": 3}, "hyperparameters.maxSteps", 10),
+        ({"max_steps": 10, "num_epochs": 3}, "hyperparameters.epochs", None),
+        ({"max_steps": -1, "num_epochs": 3}, "hyperparameters.epochs", 3),
+        ({"warmup_ratio": 0.1}, "hyperparameters.warmupRatio", 0.1),
+        ({"warmup_steps": 7, "max_steps": 100}, "hyperparameters.warmupRatio", 0.069999),
+        ({"warmup_steps": 0}, "hyperparameters.warmupRatio", 0),
+        ({"warmup_steps": 100}, "hyperparameters.warmupRatio", None),
+        ({"lr_scheduler": "constant", "warmup_steps": 5}, "hyperparameters.warmupRatio", None),
+        ({"batch_size": 32, "micro_batch_size": 4}, "hyperparameters.gradientAccumulationSteps", 8),
+        ({"batch_size": 32, "gradient_accumulation_steps": 4}, "hyperparameters.batchSize", 8),
+        ({"optimizer": "adamw_torch"}, "hyperparameters.optimizer", "AdamW"),
+        ({"gradient_checkpointing": "offload"}, "hyperparameters.gradientCheckpointing", True),
+        ({"gradient_checkpointing": False}, "hyperparameters.gradientCheckpointing", False),
+        ({"bf16": "auto"}, "model.dtype", None),
+        ({"bf16": True}, "model.dtype", "BFloat16"),
+        ({"bf16": "full"}, "model.dtype", "BFloat16"),
+        ({"bf16": "auto", "fp16": True}, "model.dtype", "Float16"),
+        ({"bf16": False}, "model.dtype", "Float32"),
+        ({"fp16": True, "load_in_8bit": True}, "model.dtype", None),
+        ({"float16": True}, "model.dtype", "Float16"),
+        ({"eager_attention": True}, "model.attention", "Eager"),
+        ({"attn_implementation": "sdpa"}, "model.attention", "SDPA"),
+        ({"attn_implementation": "flash_attention_2"}, "model.attention", None),
+        ({"base_model": "./models/tiny"}, "model.uri", "s3://replace-me/models/tiny"),
+        ({"base_model": "../../../etc"}, "model.uri", "s3://replace-me/etc"),
+        ({"adapter": None}, "method.type", "Full"),
+        ({"adapter": ""}, "method.lora", None),
+        ({"load_in_4bit": True}, "method.type", "QLoRA"),
+        ({"adapter": "qlora", "load_in_4bit": True}, "method.quantization", {"bits": 4}),
+        ({"load_in_8bit": True}, "method.quantization", {"bits": 8}),
+        ({"lora_target_linear": False, "lora_target_modules": "q_proj"}, "method.lora.targetModules", ["q_proj"]),
+        ({"lora_target_modules": ["q_proj"]}, "method.lora.targets", "AllLinear"),
+        ({"lora_target_linear": None}, "method.lora.targets", None),
+        ({"lora_alpha": 64}, "method.lora.alpha", 64),
+        ({"peft_use_dora": True}, "method.lora.useDora", True),
+        ({"train_on_inputs": True}, "objective", {"type": "SFT", "sft": {"loss": "AllTokens"}}),
+        ({"train_on_inputs": False}, "objective", None),
+        ({"val_set_size": 0}, "dataset.validationFraction", None),
+        ({"val_set_size": "0.1"}, "dataset.validationFraction", 0.1),
+        ({"val_set_size": 0.1, "eval_strategy": False}, "evaluation.strategy", "None"),
+        ({"val_set_size": 0.1, "eval_steps": 50}, "evaluation", {"strategy": "Steps", "steps": 50}),
+        ({"val_set_size": 0.1, "eval_steps": 0.1}, "evaluation", None),
+        ({"val_set_size": 0.1, "evals_per_epoch": 1}, "evaluation", None),
+        ({"chat_template": "chatml"}, "model.chatTemplate", None),
+    ],
+)
+def test_a_key_becomes_a_field(changes: dict[str, Any], field: str, value: Any) -> None:
+    """None where the field stays with its default."""
+    found: Any = converted(**changes)
+    for part in field.split("."):
+        found = found.get(part, {})
+    assert (found or None) == (value or None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "format_", "columns", "template"),
+    [
+        ({}, "Messages", None, None),
+        ({"field_messages": "conversations"}, "Messages", {"messages": "conversations"}, None),
+        ({"message_property_mappings": {"role": "from", "content": "value"}}, "ShareGPT", None, None),
+        ({"message_field_role": "from", "message_field_content": "value"}, "ShareGPT", None, None),
+        ({"type": "sharegpt", "conversation": "chatml"}, "ShareGPT", None, CHATML),
+        ({"chat_template": "llama3"}, "Messages", None, LLAMA3),
+        ({"chat_template_jinja": "{{ messages }}"}, "Messages", None, "{{ messages }}"),
+        ({"chat_template": "tokenizer_default"}, "Messages", None, None),
+        ({"chat_template": "gemma"}, "Messages", None, None),
+        ({"roles_to_train": ["assistant"], "train_on_eos": "turn"}, "Messages", None, None),
+        ({"roles": {"user": ["user"], "assistant": ["assistant"]}}, "Messages", None, None),
+        ({"type": "alpaca"}, "Alpaca", None, None),
+        ({"type": "completion", "field": "body"}, "Text", {"text": "body"}, None),
+        (
+            {"type": {"field_instruction": "question", "field_output": "answer", "format": "{instruction}"}},
+            "PromptCompletion",
+            {"prompt": "question", "completion": "answer"},
+            None,
+        ),
+    ],
+)
+def test_a_type_becomes_format_columns_and_template(
+    changes: dict[str, Any], format_: str, columns: dict[str, str] | None, template: str | None
+) -> None:
+    """For supervised fine-tuning."""
+    spec = rows(**changes)
+    assert spec["dataset"]["format"] == format_
+    assert spec["dataset"].get("columns") == columns
+    assert spec["model"].get("chatTemplate") == template
+
+
+@pytest.mark.parametrize(
+    ("objective", "kind", "columns", "template"),
+    [
+        ("dpo", "chatml.intel", {"prompt": "question"}, CHATML),
+        ("dpo", "llama3.icr", {"prompt": "input"}, LLAMA3),
+        (
+            "ipo",
+            "chatml.argilla",
+            {"prompt": "instruction", "chosen": "chosen_response", "rejected": "rejected_response"},
+            CHATML,
+        ),
+        ("dpo", "chatml.ultra", None, CHATML),
+        ("dpo", "chat_template.argilla_chat", None, None),
+        ("dpo", "chat_template.default", {"prompt": "messages"}, None),
+        ("dpo", {"field_prompt": "q", "field_chosen": "good"}, {"prompt": "q", "chosen": "good"}, None),
+        ("kto", "llama3.argilla", {"prompt": "instruction"}, LLAMA3),
+        ("kto", "chatml.prompt_pairs", None, CHATML),
+        ("kto", {"field_completion": "a", "field_label": "good"}, {"completion": "a", "label": "good"}, None),
+    ],
+)
+def test_a_preference_type_becomes_columns_and_template(
+    objective: str, kind: Any, columns: dict[str, str] | None, template: str | None
+) -> None:
+    """Axolotl's names for public data sets say which columns they have and how they are written out."""
+    spec = converted(rl=objective, datasets=[{"path": "s3://datasets/rows.jsonl", "type": kind}])
+    assert spec["dataset"]["format"] == ("UnpairedPreference" if objective == "kto" else "Preference")
+    assert spec["dataset"].get("columns") == columns
+    assert spec["model"].get("chatTemplate") == template
+    assert spec["objective"].get("dpo", {}).get("loss") == ("IPO" if objective == "ipo" else None)
+
+
+@pytest.mark.parametrize(
+    ("source", "uri", "rest"),
+    [
+        ({"path": "s3://datasets/a/train.csv"}, "s3://datasets/a/train.csv", {}),
+        ({"path": "org/name"}, "s3://replace-me/org/name.jsonl", {}),
+        ({"path": "data/train.jsonl"}, "s3://replace-me/data/train.jsonl", {}),
+        ({"path": "~/.cache/../train set.json"}, "s3://replace-me/cache/train-set.json", {}),
+        ({"path": "json", "data_files": "/mnt/a.jsonl"}, "s3://replace-me/mnt/a.jsonl", {}),
+        ({"path": "json", "data_files": ["a.arrow"]}, "s3://replace-me/a.jsonl", {}),
+        ({"path": "gs://bucket/a.parquet"}, "s3://replace-me/bucket/a.parquet", {}),
+        ({"path": "org/name", "split": "train[:500]"}, "s3://replace-me/org/name.jsonl", {"maxSamples": 500}),
+    ],
+)
+def test_a_path_becomes_a_uri(source: dict[str, Any], uri: str, rest: dict[str, Any]) -> None:
+    """Files in S3 stay where they are; the others get a place to be put to."""
+    config = {**BASE, "datasets": [{"type": "alpaca", **source}]}
+    conversion = convert(config, "name")
+    assert conversion.document is not None
+    assert conversion.document["spec"]["dataset"]["train"] == [{"uri": uri, **rest}]
+    to_do = [path for path in said(conversion, Kind.TO_DO) if path]
+    assert len(to_do) == (0 if uri == source["path"] else 1)
+
+
+def test_what_is_to_do_names_the_part_of_the_hub_data_set() -> None:
+    """Configuration, revision and split, so that the right rows are written out."""
+    source = {"path": "org/name", "name": "en", "revision": "v2", "split": "train[:10%]", "type": "alpaca"}
+    said_of_it = said(convert({**BASE, "datasets": [source]}, "name"), Kind.TO_DO)["datasets[0].path"]
+    assert "org/name, name en, revision v2, split train[:10%]" in said_of_it
+
+
+@pytest.mark.parametrize(
+    ("changes", "path", "message"),
+    [
+        ({"adapter": "llama-adapter"}, "adapter", "'llama-adapter' cannot be converted: lora and qlora can"),
+        ({"adapter": "qlora"}, "adapter", "qlora needs load_in_4bit: true"),
+        ({"adapter": None, "load_in_8bit": True}, "load_in_8bit", "remove the key, or set adapter: lora"),
+        ({"rl": "orpo"}, "rl", "'orpo' cannot be converted: dpo, ipo, kto and reward_model can"),
+        ({"rl": "grpo"}, "rl", "'grpo' cannot be converted"),
+        ({"num_labels": 3}, "num_labels", "3 outputs are those of a classifier"),
+        ({"base_model": "gpt2"}, "base_model", "openai-community/gpt2"),
+        ({"base_model": None}, "base_model", "missing"),
+        ({"base_model_config": "org/other"}, "base_model_config", "give that as base_model, and remove the key"),
+        ({"tokenizer_config": "org/other"}, "tokenizer_config", "give that as base_model, and remove the key"),
+        ({"datasets": None}, "datasets", "missing"),
+        ({"datasets": []}, "datasets", "missing"),
+        ({"datasets": "org/name"}, "datasets", "must be a list of data sets"),
+        ({"datasets": [{"path": "a.jsonl"}]}, "datasets[0].type", "tokenised already"),
+        ({"datasets": [{"type": "alpaca"}]}, "datasets[0].path", "missing"),
+        ({"datasets": [{**ALPACA, "type": "oasst"}]}, "datasets[0].type", "'oasst' are not read with objective SFT"),
+        ({"datasets": [{**ALPACA, "shards": 4}]}, "datasets[0].shards", "write the part into a file"),
+        ({"datasets": [{**CHAT, "roles_to_train": ["user"]}]}, "datasets[0].roles_to_train", "all answers"),
+        ({"datasets": [{**CHAT, "roles_to_train": []}]}, "datasets[0].roles_to_train", "all answers"),
+        ({"datasets": [{**CHAT, "train_on_eos": "all"}]}, "datasets[0].train_on_eos", "not 'all'"),
+        ({"datasets": [{**CHAT, "message_field_role": "who"}]}, "datasets[0].message_property_mappings", "rename them"),
+        ({"datasets": [{**CHAT, "roles": {"assistant": ["user"]}}]}, "datasets[0].roles", "not as 'assistant'"),
+        ({"datasets": [{**ALPACA, "type": {"format": "Q: {instruction}"}}]}, "datasets[0].type", "put together"),
+        ({"datasets": [ALPACA, CHAT]}, "datasets", "these are Alpaca and Messages: make them alike"),
+        ({"rl": "dpo"}, "datasets[0].type", "'alpaca' are not read with objective DPO: write them as two chats"),
+        ({"rl": "kto"}, "datasets[0].type", "(type: chatml.prompt_pairs)"),
+        ({"reward_model": True}, "datasets[0].type", "(type: bradley_terry.chat_template)"),
+        ({"learning_rate": "fast"}, "learning_rate", "must be a number, is 'fast'"),
+        ({"lora_r": 8.5}, "lora_r", "must be a whole number"),
+        ({"lora_r": 1024}, "lora_r", "becomes spec.method.lora.rank: Input should be less than or equal to 512"),
+        ({"sample_packing": "yes"}, "sample_packing", "must be true or false"),
+        ({"lora_target_linear": None, "lora_target_modules": ".*_proj"}, "lora_target_modules", "list their names"),
+        ({"lora_target_modules": ["lm_head"]}, "lora_target_modules", "name them in lora_modules_to_save"),
+        ({"lora_model_dir": "./out"}, "lora_model_dir", "merge the adapter into the model"),
+        ({"optimizer": "lion_8bit"}, "optimizer", "use one of adamw_torch"),
+        ({"lr_scheduler": "rex"}, "lr_scheduler", "use one of cosine"),
+        ({"max_grad_norm": 0}, "max_grad_norm", "set it to a large number"),
+        ({"neftune_noise_alpha": 5}, "neftune_noise_alpha", "remove the key"),
+        ({"loraplus_lr_ratio": 16}, "loraplus_lr_ratio", "one learning rate"),
+        ({"tokens": ["<|im_start|>"]}, "tokens", "copy of the model"),
+        ({"plugins": ["my.Plugin"]}, "plugins", "my.Plugin: plugins are not run"),
+        ({"bnb_config_kwargs": {"llm_int8_threshold": 4.0}}, "bnb_config_kwargs.llm_int8_threshold", "cannot be set"),
+        ({"datasets": [CHAT], "chat_template_jinja": "chat.jinja"}, "chat_template_jinja", "write the template itself"),
+        ({"rl": "dpo", "datasets": [{**CHAT, "type": "chatml.ultra"}], "sample_packing": True}, "", "packing is only"),
+    ],
+)
+def test_what_would_change_the_result_is_an_error(changes: dict[str, Any], path: str, message: str) -> None:
+    """With the key and what to do."""
+    assert message in errors(**changes)[path]
+
+
+def test_a_bfloat16_adapter_of_a_quantized_model_says_what_differs() -> None:
+    """Float16 is not what QLoRA trains in here."""
+    assert "fp16" in said(convert({**BASE, "load_in_4bit": True, "fp16": True}, "name"), Kind.DIFFERS)
+
+
+def test_keys_that_are_off_need_nothing_and_unknown_ones_get_the_nearest_name() -> None:
+    """`false` is not an error, a misspelt key is not lost."""
+    changes = {"relora": False, "micro_batchsize": 2, "tokenizer_config": BASE["base_model"]}
+    conversion = convert({**BASE, **changes}, "name")
+    assert said(conversion, Kind.NOT_NEEDED)["relora"] == "off, as here"
+    assert said(conversion, Kind.NOT_NEEDED)["tokenizer_config"] == "the same as base_model"
+    assert "'micro_batch_size'" in said(conversion, Kind.NOT_CONVERTED)["micro_batchsize"]
+
+
+def test_axolotl_s_defaults_are_written_where_ours_are_others() -> None:
+    """The same run, not the same YAML."""
+    spec = converted(load_in_4bit=True)
+    assert spec["method"]["lora"]["dropout"] == 0
+    assert spec["hyperparameters"] == {
+        "warmupRatio": 0.03,
+        "batchSize": 1,
+        "gradientAccumulationSteps": 1,
+        "maxSequenceLength": 512,
+        "optimizer": "AdamW",
+        "maxGradNorm": 1,
+    }
+
+
+@settings(deadline=None)
+@given(st.integers(1, 5000), st.integers(1, 5000))
+def test_warm_up_steps_become_a_share_that_gives_them_back(part: int, rest: int) -> None:
+    """transformers rounds the share of the steps up."""
+    steps = part + rest
+    ratio = converted(max_steps=steps, warmup_steps=part)["hyperparameters"]["warmupRatio"]
+    assert math.ceil(steps * ratio) == part
