@@ -123,9 +123,14 @@ def fill_buckets(platform: Platform) -> None:
     folders = {SMOLLM2: model.smollm2(paths.cache() / SMOLLM2), TINY: model.tiny_llama(paths.cache() / TINY)}
     for name, folder in folders.items():
         upload_folder(platform, folder, MODELS, name)
-    for split in ("train", "validation"):
-        source = ROOT / "examples" / "data" / f"docstrings-{split}.jsonl"
-        client.upload_file(str(source), DATASETS, f"docstrings/{split}.jsonl")
+    for key, source in example_data().items():
+        client.upload_file(str(source), DATASETS, key)
+
+
+def example_data() -> dict[str, Path]:
+    """Return the files of the example data sets by the key that the examples read them from."""
+    folder = ROOT / "examples" / "data"
+    return {f"docstrings/{path.name.removeprefix('docstrings-')}": path for path in sorted(folder.glob("*.jsonl"))}
 
 
 def upload_folder(platform: Platform, folder: Path, bucket: str, prefix: str) -> None:

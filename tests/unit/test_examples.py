@@ -7,10 +7,13 @@ import json
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import get_args
 
 import pytest
 import yaml
 
+from tunewright_api.v1alpha1.method import MethodType
+from tunewright_api.v1alpha1.objective import ObjectiveType
 from tunewright_api.validation import parse_finetunejob
 from tunewright_cli.kubectl_yaml import read_documents
 
@@ -34,9 +37,12 @@ def rows(part: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_the_methods_each_have_an_example() -> None:
-    """LoRA, QLoRA and Full."""
-    assert {"sft-lora.yaml", "sft-qlora.yaml", "sft-full.yaml"} <= set(JOBS)
+def test_every_method_and_objective_has_an_example() -> None:
+    """What the API offers can be seen in a file."""
+    documents = [document for name in JOBS for document in read_documents((EXAMPLES / name).read_text(), name)]
+    specs = [parse_finetunejob(document.content).spec for document in documents]
+    assert {spec.method.type for spec in specs} == set(get_args(MethodType))
+    assert {spec.objective.type if spec.objective else "SFT" for spec in specs} == set(get_args(ObjectiveType))
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -46,9 +52,9 @@ def test_every_example_is_valid(name: str) -> None:
     parse_finetunejob(document.content)
 
 
-@pytest.mark.parametrize("name", [name for name in JOBS if name.startswith("sft-")])
+@pytest.mark.parametrize("name", [name for name in JOBS if name != "quickstart-gpu.yaml"])
 def test_the_runnable_examples_need_no_gpu_and_little_time(name: str) -> None:
-    """CPU, bounded memory, at most 30 steps of 4 short rows."""
+    """CPU, bounded memory, at most 30 steps of 8 short rows."""
     (document,) = read_documents((EXAMPLES / name).read_text(), name)
     spec = parse_finetunejob(document.content).spec
     assert spec.resources is not None
@@ -57,7 +63,8 @@ def test_the_runnable_examples_need_no_gpu_and_little_time(name: str) -> None:
     assert spec.resources.memory is not None
     assert spec.hyperparameters.max_steps is not None
     assert spec.hyperparameters.max_steps <= 30
-    assert spec.hyperparameters.batch_size == 4
+    assert spec.hyperparameters.batch_size is not None
+    assert spec.hyperparameters.batch_size <= 8
     assert spec.hyperparameters.max_sequence_length == 128
 
 
@@ -100,3 +107,12 @@ def test_the_script_makes_the_same_rows_every_time(tmp_path: Path) -> None:
         made = [json.loads(line) for line in first.splitlines()]
         assert len(made) == count
         assert all(set(row) == {"prompt", "completion"} for row in made)
+
+
+def test_judged_rows_are_those_of_their_script(tmp_path: Path) -> None:
+    """Preferences and labels follow from the questions and answers."""
+    load("make_judged").write(tmp_path)
+    made = sorted(path.name for path in tmp_path.iterdir())
+    assert made == [f"{name}-{part}.jsonl" for name in ("labelled", "preference") for part in ("train", "validation")]
+    for name in made:
+        assert (tmp_path / name).read_bytes() == (EXAMPLES / "data" / name).read_bytes()
