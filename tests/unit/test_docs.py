@@ -21,7 +21,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)]+)\)")
 _COMMAND = re.compile(
-    r"(?:^|[`$&] *)(?:kubectl )?(tunewright (?:validate|plan|run|watch|get-adapter)[^`\n#&]*)", re.MULTILINE
+    r"(?:^|[`$&] *)(?:kubectl )?(tunewright (?:validate|plan|convert|run|watch|get-adapter)[^`\n#&]*)", re.MULTILINE
 )
 
 
@@ -73,8 +73,8 @@ def test_every_command_in_the_text_exists_with_its_options(page: Path) -> None:
 def test_commands_are_found_in_the_text() -> None:
     """The pattern sees the user guide's commands, plain and under kubectl."""
     found = {shlex.split(line)[1] for line in _COMMAND.findall((ROOT / "docs" / "user-guide.md").read_text())}
-    assert found == {"validate", "plan", "run", "watch", "get-adapter"}
-    assert len(_COMMAND.findall((ROOT / "README.md").read_text())) == 2
+    assert found == {"validate", "plan", "convert", "run", "watch", "get-adapter"}
+    assert len(_COMMAND.findall((ROOT / "README.md").read_text())) == 3
 
 
 @pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
@@ -105,7 +105,19 @@ def test_the_user_guide_explains_every_failure() -> None:
     healthy = {
         Reason.PENDING, Reason.VALIDATED, Reason.NOT_SUSPENDED, Reason.USER_SUSPENDED, Reason.RESUMED, Reason.STARTED,
         Reason.WAITING_FOR_PODS, Reason.ALL_READY, Reason.RESTARTING, Reason.IN_PROGRESS, Reason.SUCCEEDED,
-        Reason.CACHED, Reason.ARTIFACT_PUBLISHED, Reason.JOB_CREATED,
+        Reason.CACHED, Reason.EARLY_STOPPED, Reason.ARTIFACT_PUBLISHED, Reason.JOB_CREATED,
+        Reason.WAITING_FOR_FINETUNEJOB,
     }  # fmt: skip
     of_operator = {reason.value for reason in set(Reason) - healthy}
     assert not {reason for reason in of_trainer | of_operator if f"`{reason}`" not in table}
+
+
+def test_every_row_of_the_recipes_has_its_example_and_its_test() -> None:
+    """Files and tests that the page names exist, and no example is left out of it."""
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    examples = set(re.findall(r"`([a-z0-9-]+\.yaml)`", text))
+    runnable = {path.name for path in (ROOT / "examples").glob("*.yaml")} - {"secret.yaml", "quickstart-gpu.yaml"}
+    assert examples == runnable
+    for path, _, name in re.findall(r"`((?:e2e|trainer|unit|integration)/[\w/]+\.py)(::(\w+))?`", text):
+        source = (ROOT / "tests" / path).read_text()
+        assert not name or f"def {name}(" in source, name
