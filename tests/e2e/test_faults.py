@@ -171,20 +171,22 @@ def stopped_kubelet(cluster: Cluster) -> Iterator[None]:
             os.kill(pid, signal.SIGCONT)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(600)
 def test_lost_node_is_named_and_costs_no_restart(jobs: Jobs) -> None:
-    """A node that no longer answers is given up; the next attempt waits until nothing of the first can run."""
-    leave_at_once = {"key": "node.kubernetes.io/unreachable", "operator": "Exists", "effect": "NoExecute"}
-    pod = {"tolerations": [{**leave_at_once, "tolerationSeconds": 0}]}
-    jobs.apply(finetunejob("lost-node", hyperparameters=LONG, pod=pod))
+    """A pod that nobody ends, because its node does not answer, is given up; the next one waits until it is gone.
+
+    The deletion is the test's own: in a cluster of one node that is lost, Kubernetes stops evicting.
+    """
+    jobs.apply(finetunejob("lost-node", hyperparameters=LONG))
     jobs.wait("lost-node", running)
+    (pod,) = jobs.pods("lost-node")
     with stopped_kubelet(jobs.platform.cluster):
-        status = jobs.wait("lost-node", lambda s: s.get("attempts"), timeout=400)
+        deleting = ("delete", "pod", pod["metadata"]["name"], "--grace-period=1", "--wait=false")
+        jobs.platform.kubectl(*deleting, "-n", jobs.namespace)
+        status = jobs.wait("lost-node", lambda s: s.get("attempts"))
         assert status["attempts"][0]["cause"] == "NodeLost"
         assert "does not answer" in status["attempts"][0]["message"]
         assert len(jobs.pods("lost-node")) == 1
-    # The node's taint goes a little later than the node comes back, and may take a second attempt with it.
     status = jobs.wait("lost-node", lambda s: s.get("attempt", 1) > 1 and running(s))
-    assert {attempt["cause"] for attempt in status["attempts"]} == {"NodeLost"}
     assert status.get("restarts", 0) == 0
     jobs.platform.kubectl("delete", "ftj", "lost-node", "-n", jobs.namespace)
