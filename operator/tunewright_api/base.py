@@ -27,7 +27,7 @@ from pydantic_core import CoreSchema
 class Rule:
     """One validation rule, written twice: as CEL for the API server and as a predicate for Python.
 
-    `tests/rule_cases.py` holds an accept and a reject case per rule; both writings must give the same verdict.
+    `tests/rule_cases` holds an accept and a reject case per rule; both writings must give the same verdict.
     """
 
     cel: str

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from tunewright_api.v1alpha1.finetunejob import FORMATS
 from tunewright_api.v1alpha1.objective import ObjectiveType
 from tunewright_api.v1alpha1.parts import Columns, Dataset
+from tunewright_api.v1alpha1.spec_rules import FORMATS
 from tunewright_trainer import judged_formats, prompt_format
 from tunewright_trainer.errors import InvalidConfiguration, InvalidData
 from tunewright_trainer.fields import ROLES, BadField, Names, chat, listed, string, tools

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.rule_cases import GRPO_RULES, PATTERN
+from tests.rule_cases.rewards import GRPO_RULES, PATTERN
 from tunewright_api.v1alpha1.reinforcement import Length, RewardSource
 from tunewright_trainer.rewards import Answer, build_rewards, exact_match, length, matches, pattern_problem, valid_json
 
