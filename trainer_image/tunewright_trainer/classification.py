@@ -33,19 +33,15 @@ def train(task: WorkerTask, report: Report, scratch: Path) -> None:
 
 
 def train_and_save(setup: Setup, report: Report) -> Trained:
-    """Train, evaluate before and after, write the result files, and record the probe."""
+    """Tokenise the texts and learn their labels; see `recipe.learn`."""
     task, run = setup.task, setup.task.run
     assert run.objective.classification is not None, "resolve_objective fills the block"
     labels = tuple(run.objective.classification.labels or labels_of(task.train_path))
     train_rows = tokenize(setup, labels, task.train_path, "training")
     validation = tokenize(setup, labels, task.validation_path, "validation") if task.validation_path else None
     trainer = build_trainer(setup, recipe.load_base(setup, labels), train_rows, validation, report)
-    report(recipe.plan(setup, trainer, train_rows))
-    loss, seconds = recipe.fit(setup, trainer, report, evaluates=validation is not None)
-    tuned = recipe.trained_model(trainer)
-    recipe.save(setup, tuned)
-    ids_BT = verify.probe_ids(cast("Dataset", trainer.train_dataset)[: verify.PROBE_ROWS]["input_ids"])
-    return Trained(verify.record_probe(tuned, ids_BT), trainer.state.global_step, loss, seconds, labels)
+    probes = cast("Dataset", trainer.train_dataset)[: verify.PROBE_ROWS]["input_ids"]
+    return recipe.learn(setup, trainer, train_rows, report, probes=probes, outputs=labels)
 
 
 def labels_of(path: Path) -> list[str]:

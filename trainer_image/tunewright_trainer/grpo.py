@@ -56,7 +56,7 @@ def train(task: WorkerTask, report: Report, scratch: Path) -> None:
 
 
 def train_and_save(setup: Setup, report: Report) -> Trained:
-    """Train, evaluate before and after, write samples and result files, and record the probe."""
+    """Tokenise the prompts and learn from their answers; see `recipe.learn`."""
     task, run = setup.task, setup.task.run
     settings = run.objective.grpo
     assert settings is not None, "a rule asks for the block"
@@ -70,18 +70,14 @@ def train_and_save(setup: Setup, report: Report) -> Trained:
     check_count(setup, train_rows.rows)
     rewards = build_rewards(settings.rewards, load_reward_models(setup))
     trainer = build_trainer(setup, recipe.load_base(setup), rewards, train_rows, validation, report)
-    report(recipe.plan(setup, trainer, train_rows))
-
-    prompts = read_prompts(trainer.eval_dataset if validation else trainer.train_dataset, run.objective.reward_columns)
-    base_answers = samples.base_answers(trainer.model, setup.tokenizer, prompts)
-    loss, seconds = recipe.fit(setup, trainer, report, evaluates=validation is not None)
-
-    tuned = recipe.trained_model(trainer)
-    tuned_answers = samples.answers(tuned, setup.tokenizer, prompts)
-    recipe.save(setup, tuned)
-    recipe.save_samples(setup, samples.as_documents(prompts, base_answers, tuned_answers))
-    ids_BT = verify.probe_ids(trainer.train_dataset[: verify.PROBE_ROWS]["prompt"])
-    return Trained(verify.record_probe(tuned, ids_BT), trainer.state.global_step, loss, seconds)
+    return recipe.learn(
+        setup,
+        trainer,
+        train_rows,
+        report,
+        probes=trainer.train_dataset[: verify.PROBE_ROWS]["prompt"],
+        prompts=read_prompts(trainer.eval_dataset or trainer.train_dataset, run.objective.reward_columns),
+    )
 
 
 def check_count(setup: Setup, rows: int) -> None:

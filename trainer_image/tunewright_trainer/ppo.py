@@ -11,7 +11,7 @@ import math
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
@@ -32,7 +32,7 @@ from tunewright_trainer import grpo, ppo_math, recipe, samples, verify
 from tunewright_trainer.adapter import adapter_config
 from tunewright_trainer.arguments import ppo_arguments
 from tunewright_trainer.callback import Report, check_loss
-from tunewright_trainer.ppo_rollout import ActorCritic, Rollout, Sampler, read_prompts
+from tunewright_trainer.ppo_rollout import ActorCritic, Prompt, Rollout, Sampler, read_prompts
 from tunewright_trainer.prompt_rows import write_prompts
 from tunewright_trainer.protocol import EvaluationEvent, StageEvent, StepEvent, WorkerTask
 from tunewright_trainer.recipe import Setup, Trained
@@ -207,35 +207,48 @@ def train_ppo(
     set_seed(args.seed)
     began = time.monotonic()
     order = prompt_order(len(prompts), args.seed)
-    losses: list[float] = []
-    tokens = 0
+    progress = Progress()
     for step in range(1, rollouts + 1):
-        step_began = time.monotonic()
-        rollout = sampler.roll_out(read_prompts(prompts, itertools.islice(order, per_rollout)))
-        measured = learner.update(rollout) | rollout.metrics()
-        new_tokens = int(rollout.mask_BS.sum())
-        tokens += new_tokens
-        losses.append(measured.pop("loss"))
-        report(
-            StepEvent(
-                step=step,
-                epoch=step * per_rollout / len(prompts),
-                loss=losses[-1],
-                learning_rate=learner.schedule.get_last_lr()[0],
-                grad_norm=measured.pop("grad_norm"),
-                tokens=tokens,
-                tokens_per_second=new_tokens / (time.monotonic() - step_began),
-                metrics=measured,
-            )
-        )
-        check_loss(losses[-1], f"training loss at step {step}")
+        chosen = read_prompts(prompts, itertools.islice(order, per_rollout))
+        report(take_step(learner, sampler, chosen, progress, epoch=step * per_rollout / len(prompts)))
+        check_loss(progress.losses[-1], f"training loss at step {step}")
         if step < rollouts and is_evaluated_at(step, args, per_rollout, len(prompts)):
             evaluate(step)
             report(StageEvent(stage="Training"))
     seconds = time.monotonic() - began
     evaluate(rollouts)
     model = learner.accelerator.unwrap_model(learner.model, keep_fp32_wrapper=False)
-    return Learned(model, rollouts, fmean(losses), seconds)
+    return Learned(model, rollouts, fmean(progress.losses), seconds)
+
+
+@dataclass
+class Progress:
+    """What adds up over the steps."""
+
+    losses: list[float] = field(default_factory=list)
+    tokens: int = 0
+
+
+def take_step(
+    learner: Learner, sampler: Sampler, prompts: Sequence[Prompt], progress: Progress, *, epoch: float
+) -> StepEvent:
+    """Roll out, learn from the answers, and return what is reported of it."""
+    began = time.monotonic()
+    rollout = sampler.roll_out(prompts)
+    measured = learner.update(rollout) | rollout.metrics()
+    tokens = int(rollout.mask_BS.sum())
+    progress.tokens += tokens
+    progress.losses.append(measured.pop("loss"))
+    return StepEvent(
+        step=len(progress.losses),
+        epoch=epoch,
+        loss=progress.losses[-1],
+        learning_rate=learner.schedule.get_last_lr()[0],
+        grad_norm=measured.pop("grad_norm"),
+        tokens=progress.tokens,
+        tokens_per_second=tokens / (time.monotonic() - began),
+        metrics=measured,
+    )
 
 
 def build_learner(policy: PeftModel, args: TrainingArguments, settings: PPO, rollouts: int) -> Learner:

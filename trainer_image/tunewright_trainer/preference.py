@@ -40,7 +40,7 @@ def train(task: WorkerTask, report: Report, scratch: Path) -> None:
 
 
 def train_and_save(setup: Setup, report: Report) -> Trained:
-    """Train, evaluate before and after, write samples and result files, and record the probe."""
+    """Tokenise the rows and learn from them; see `recipe.learn`."""
     task, run = setup.task, setup.task.run
     settings = run.objective.dpo or run.objective.kto
     assert settings is not None, "resolve_objective fills the block"
@@ -48,20 +48,16 @@ def train_and_save(setup: Setup, report: Report) -> Trained:
     train_rows = tokenize(setup, rows, task.train_path, "training")
     validation = tokenize(setup, rows, task.validation_path, "validation") if task.validation_path else None
     trainer = build_trainer(setup, recipe.load_start(setup), train_rows, validation, report)
-    report(recipe.plan(setup, trainer, train_rows))
-
-    prompts = samples.read_preference_prompts(task.validation_path or task.train_path, rows)
-    base_answers = samples.base_answers(trainer.model, setup.tokenizer, prompts)
-    loss, seconds = recipe.fit(setup, trainer, report, evaluates=validation is not None)
-
-    tuned = recipe.trained_model(trainer)
-    tuned_answers = samples.answers(tuned, setup.tokenizer, prompts)
-    recipe.save(setup, tuned)
-    recipe.save_samples(setup, samples.as_documents(prompts, base_answers, tuned_answers))
     answer = "chosen_ids" if run.objective.type == "DPO" else "completion_ids"
-    probes = trainer.train_dataset[: verify.PROBE_ROWS]
-    ids_BT = verify.probe_ids([p + a for p, a in zip(probes["prompt_ids"], probes[answer], strict=True)])
-    return Trained(verify.record_probe(tuned, ids_BT), trainer.state.global_step, loss, seconds)
+    first = trainer.train_dataset[: verify.PROBE_ROWS]
+    return recipe.learn(
+        setup,
+        trainer,
+        train_rows,
+        report,
+        probes=[p + a for p, a in zip(first["prompt_ids"], first[answer], strict=True)],
+        prompts=samples.read_preference_prompts(task.validation_path or task.train_path, rows),
+    )
 
 
 def tokenize(setup: Setup, rows: PreferenceTokenizer, path: Path, label: str) -> TokenFile:

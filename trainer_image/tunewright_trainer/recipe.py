@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, set_seed
 
-from tunewright_trainer import verify
+from tunewright_trainer import samples, verify
 from tunewright_trainer.adapter import with_loaded_adapter
 from tunewright_trainer.arguments import check_extra, common_arguments
 from tunewright_trainer.callback import Report
@@ -221,12 +221,46 @@ def plan_of(setup: Setup, model: PreTrainedModel | PeftModel, total_steps: int, 
     )
 
 
-def fit(setup: Setup, trainer: Trainer, report: Report, *, evaluates: bool) -> tuple[float, float]:
+def learn(
+    setup: Setup,
+    trainer: Trainer,
+    train_rows: TokenFile,
+    report: Report,
+    *,
+    probes: Sequence[list[int]],
+    prompts: Sequence[samples.Prompt] = (),
+    outputs: tuple[str, ...] | None = None,
+) -> Trained:
+    """Report the plan, train, evaluate before and after, write samples and result files, and record the probe.
+
+    Args:
+        setup: What the run needs besides rows and model.
+        trainer: With the model that is saved afterwards; its evaluation rows, where it has any, are evaluated.
+        train_rows: The rows that the trainer has, for the plan.
+        report: Takes the events.
+        probes: Tokenised rows that the saved files are compared on.
+        prompts: Answered before and after; none for a model that writes no answers.
+        outputs: Names of the outputs of a classification head; None: a language model.
+    """
+    report(plan(setup, trainer, train_rows))
+    before = samples.base_answers(trainer.model, setup.tokenizer, prompts) if prompts else []
+    loss, seconds = fit(setup, trainer, report)
+    tuned = trained_model(trainer)
+    after = samples.answers(tuned, setup.tokenizer, prompts) if prompts else []
+    save(setup, tuned)
+    if prompts:
+        save_samples(setup, samples.as_documents(prompts, before, after))
+    probe = verify.record_probe(tuned, verify.probe_ids(probes))
+    return Trained(probe, trainer.state.global_step, loss, seconds, outputs)
+
+
+def fit(setup: Setup, trainer: Trainer, report: Report) -> tuple[float, float]:
     """Train; evaluate the base before and the result after it where there are validation rows.
 
     Returns:
         Mean training loss, and the seconds that training took.
     """
+    evaluates = trainer.eval_dataset is not None
     trainer.remove_callback(PrinterCallback)
     if evaluates:
         trainer.evaluate()

@@ -27,18 +27,14 @@ def train(task: WorkerTask, report: Report, scratch: Path) -> None:
 
 
 def train_and_save(setup: Setup, report: Report) -> Trained:
-    """Train, evaluate before and after, write the result files, and record the probe."""
+    """Tokenise the pairs and learn from them; see `recipe.learn`."""
     task, run = setup.task, setup.task.run
     rows = PreferenceTokenizer(setup.tokenizer, run.hyperparameters.max_sequence_length, max_prompt_length=None)
     train_rows = write_scored(rows, task.train_path, "training", setup.scratch)
     validation = write_scored(rows, task.validation_path, "validation", setup.scratch) if task.validation_path else None
     trainer = build_trainer(setup, recipe.load_base(setup, OUTPUTS), train_rows, validation, report)
-    report(recipe.plan(setup, trainer, train_rows))
-    loss, seconds = recipe.fit(setup, trainer, report, evaluates=validation is not None)
-    tuned = recipe.trained_model(trainer)
-    recipe.save(setup, tuned)
-    ids_BT = verify.probe_ids(trainer.train_dataset[: verify.PROBE_ROWS]["chosen_ids"])
-    return Trained(verify.record_probe(tuned, ids_BT), trainer.state.global_step, loss, seconds, OUTPUTS)
+    probes = trainer.train_dataset[: verify.PROBE_ROWS]["chosen_ids"]
+    return recipe.learn(setup, trainer, train_rows, report, probes=probes, outputs=OUTPUTS)
 
 
 def build_trainer(

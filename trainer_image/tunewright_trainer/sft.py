@@ -25,7 +25,7 @@ def train(task: WorkerTask, report: Report, scratch: Path) -> None:
 
 
 def train_and_save(setup: Setup, report: Report) -> Trained:
-    """Train, evaluate before and after, write samples and result files, and record the probe."""
+    """Tokenise the rows and learn from them; see `recipe.learn`."""
     task, run = setup.task, setup.task.run
     settings = run.objective.sft
     assert settings is not None, "resolve_objective fills the block"
@@ -38,18 +38,14 @@ def train_and_save(setup: Setup, report: Report) -> Trained:
     train_rows = tokenize(rows, task.train_path, "training", setup.scratch)
     validation = tokenize(rows, task.validation_path, "validation", setup.scratch) if task.validation_path else None
     trainer = build_trainer(setup, recipe.load_start(setup), train_rows, validation, report)
-    report(recipe.plan(setup, trainer, train_rows))
-
-    prompts = samples.read_prompts(task.validation_path or task.train_path, rows)
-    base_answers = samples.base_answers(trainer.model, setup.tokenizer, prompts)
-    loss, seconds = recipe.fit(setup, trainer, report, evaluates=validation is not None)
-
-    tuned = recipe.trained_model(trainer)
-    tuned_answers = samples.answers(tuned, setup.tokenizer, prompts)
-    recipe.save(setup, tuned)
-    recipe.save_samples(setup, samples.as_documents(prompts, base_answers, tuned_answers))
-    ids_BT = verify.probe_ids(trainer.train_dataset[: verify.PROBE_ROWS]["input_ids"])
-    return Trained(verify.record_probe(tuned, ids_BT), trainer.state.global_step, loss, seconds)
+    return recipe.learn(
+        setup,
+        trainer,
+        train_rows,
+        report,
+        probes=trainer.train_dataset[: verify.PROBE_ROWS]["input_ids"],
+        prompts=samples.read_prompts(task.validation_path or task.train_path, rows),
+    )
 
 
 def tokenize(rows: RowTokenizer, path: Path, label: str, scratch: Path) -> TokenFile:
