@@ -9,8 +9,7 @@ from __future__ import annotations
 import errno
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,6 +49,7 @@ from tunewright_trainer.publish import Published, Result
 from tunewright_trainer.run_log import Redactor, RunLog
 from tunewright_trainer.settings import SupervisorSettings
 from tunewright_trainer.storage import Storage, join
+from tunewright_trainer.together import run_together
 from tunewright_trainer.tracker import Tracker, now
 from tunewright_trainer.tracking import TENSORBOARD_FOLDER, Trackers
 from tunewright_trainer.transfer import Stop
@@ -358,32 +358,12 @@ class _Attempt:
         return publish.output_files(output)
 
     def _together(self, *jobs: Callable[[], Any], before_last: Callable[[], None] | None = None) -> list[Any]:
-        """Run jobs at once and return their results in order, watching the worker and the stop flag meanwhile.
+        return run_together(jobs, self._watch, before_last)
 
-        `before_last` is called once when only the first job is left. The first error ends all the others.
-        """
-        pool = ThreadPoolExecutor(len(jobs), "supervisor")
-        futures = [pool.submit(job) for job in jobs]
-        try:
-            while _pending(futures):
-                if before_last is not None and all(future.done() for future in futures[1:]):
-                    before_last()
-                    before_last = None
-                self.settings.stop.check()
-                if self.result is None:
-                    self._listen()
-            return [future.result() for future in futures]
-        finally:
-            # Not waited for: a thread in a hanging request must not hold up the report.
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _pending(futures: Sequence[Future[Any]]) -> bool:
-    """Wait a moment; raise the first error; tell whether there is something left to wait for."""
-    done, left = wait(futures, timeout=POLL_SECONDS, return_when=FIRST_EXCEPTION)
-    for future in done:
-        future.result()
-    return bool(left)
+    def _watch(self) -> None:
+        self.settings.stop.check()
+        if self.result is None:
+            self._listen()
 
 
 def _clear(work: Path) -> None:
