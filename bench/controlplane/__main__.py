@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import platform
@@ -76,11 +77,16 @@ async def watch(api: Kube, resource: kube.Resource, seen: Seen) -> None:
     tls: ssl.SSLContext = api._client.rest_client.ssl_context
     timeout = aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(timeout=timeout, read_bufsize=2**21) as session:
-        # The API server ends a watch whose reader falls behind; a new one begins with all that is there.
+        # The API server ends a watch whose reader falls behind, with an error event or by closing the connection; a new
+        # one begins with all that is there.
         while True:
-            async with session.get(f"{api.configuration.host}/{path}", ssl=tls) as response:
-                async for line in response.content:
-                    note(resource, json.loads(line)["object"], seen)
+            with contextlib.suppress(aiohttp.ClientError):
+                async with session.get(f"{api.configuration.host}/{path}", ssl=tls) as response:
+                    async for line in response.content:
+                        event = json.loads(line)
+                        if event["type"] == "ERROR":
+                            break
+                        note(resource, event["object"], seen)
 
 
 def note(resource: kube.Resource, raw: dict[str, Any], seen: Seen) -> None:
@@ -254,10 +260,11 @@ async def measure(count: int, cluster: Cluster, folder: Path, *, with_pods: bool
     )
     names = [f"run-{number:05d}" for number in range(count)]
     kubectl(cluster, "create", "namespace", NAMESPACE)
-    async with Kube(configuration, WRITERS) as api:
+    # A group, so that a watch that fails ends the measurement instead of leaving it to wait.
+    async with Kube(configuration, WRITERS) as api, asyncio.TaskGroup() as watching:
         operator, seen = Operator(kubeconfig_of(cluster, folder), folder / "operator.log"), Seen()
         await operator.start()
-        tasks = [asyncio.create_task(watch(api, r, seen)) for r in (kube.FINETUNEJOBS, kube.JOBS, kube.PODS)]
+        tasks = [watching.create_task(watch(api, r, seen)) for r in (kube.FINETUNEJOBS, kube.JOBS, kube.PODS)]
         bench = Bench(names, cluster, api, operator, seen)
         await asyncio.sleep(1)
         row: Row = {"finetunejobs": count, "pods_meanwhile": with_pods, "rss_idle_mb": operator.rss_mb()}
@@ -273,10 +280,9 @@ async def measure(count: int, cluster: Cluster, folder: Path, *, with_pods: bool
         row["duplicate_jobs"] = await jobs_of(api) - count - SINGLES
         row["peak_rss_mb"] = round(operator.peak_rss / 1e6)
         row |= await bench.restart()
+        await operator.stop()
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await operator.stop()
     return row
 
 
