@@ -175,7 +175,7 @@ def stopped_kubelet(cluster: Cluster) -> Iterator[None]:
 def test_lost_node_is_named_and_costs_no_restart(jobs: Jobs) -> None:
     """A pod that nobody ends, because its node does not answer, is given up; the next one waits until it is gone.
 
-    The deletion is the test's own: in a cluster of one node that is lost, Kubernetes stops evicting.
+    The deletion is the test's own, so that nothing hangs on when, and whether, the only node's pods are evicted.
     """
     jobs.apply(finetunejob("lost-node", hyperparameters=LONG))
     jobs.wait("lost-node", running)

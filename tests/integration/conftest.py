@@ -236,10 +236,12 @@ class Operator:
 def cluster() -> Iterator[Cluster]:
     """Give a control plane with the CRD and the operator's account, one per process: none ends another's."""
     name = f"integration-{os.getpid()}"
-    running = clusters.up("control-plane", name=name)
-    grant(running)
-    yield running
-    clusters.down(name)
+    try:
+        running = clusters.up("control-plane", name=name)
+        grant(running)
+        yield running
+    finally:
+        clusters.down(name)
 
 
 @pytest.fixture(scope="session")

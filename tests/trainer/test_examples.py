@@ -70,9 +70,10 @@ def test_dpo_learns_preferences_on_a_real_model(tmp_path: Path, train: Train) ->
 
 @pytest.mark.timeout(900)
 def test_classification_beats_the_majority_on_a_real_model(tmp_path: Path, train: Train) -> None:
-    """Always answering the common label of the validation rows has an F1 of 0.42; the tuned classifier does better."""
-    events = train(task_of("classification-lora", smollm2(), tmp_path, maxSteps=60, batchSize=8, maxSequenceLength=32))
+    """Always answering the common label is right for 22 of the 30 validation rows, with an F1 of 0.42."""
+    events = train(task_of("classification-lora", smollm2(), tmp_path, maxSteps=100, batchSize=8, maxSequenceLength=32))
     before, after = (events.of(EvaluationEvent)[i] for i in (0, -1))
-    assert after.loss < before.loss - 0.05
+    assert after.loss < before.loss
     assert after.metrics is not None
-    assert after.metrics["f1"] > 0.5
+    assert after.metrics["accuracy"] > 22 / 30, after.metrics
+    assert after.metrics["f1"] > 0.7, after.metrics

@@ -12,13 +12,13 @@ from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedTokenizerBase,
 )
 
 from tests.trainer.conftest import MakeTask, Train
+from tests.trainer.plain_trl import losses_of_plain_trl
 from tunewright_trainer.errors import InvalidData
 from tunewright_trainer.preference_rows import PreferenceTokenizer, write_pairs, write_scored, write_singles
 from tunewright_trainer.protocol import EvaluationEvent, ResultEvent, StepEvent
@@ -79,7 +79,6 @@ def test_fixed_seed_gives_pinned_losses(objective: str, method: str, make_task: 
 
 def test_losses_equal_those_of_plain_trl(make_task: MakeTask, train: Train, tiny: Path, tmp_path: Path) -> None:
     """The recipe adds nothing to the arithmetic of DPO: TRL with its own preparation gives the same losses."""
-    from peft import LoraConfig
     from trl import DPOConfig, DPOTrainer
 
     events = train(task_of(make_task, "DPO", {"type": "LoRA", "lora": {"dropout": 0.0}}))
@@ -90,20 +89,7 @@ def test_losses_equal_those_of_plain_trl(make_task: MakeTask, train: Train, tiny
         }
         for pair in PAIRS
     ]
-    trainer = DPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32),
-        processing_class=AutoTokenizer.from_pretrained(tiny),
-        train_dataset=Dataset.from_list(chats),
-        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
-        args=DPOConfig(
-            output_dir=str(tmp_path / "trl"), max_steps=4, per_device_train_batch_size=4, learning_rate=0.01,
-            lr_scheduler_type="cosine", warmup_steps=0.06, max_length=128, logging_steps=1, seed=42, use_cpu=True,
-            bf16=False, gradient_checkpointing=None, activation_checkpointing=False, save_strategy="no",
-            report_to="none", disable_tqdm=True,
-        ),
-    )  # fmt: skip
-    trainer.train()
-    theirs = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    theirs = losses_of_plain_trl(DPOTrainer, DPOConfig, chats, tiny, tmp_path)
     assert [event.loss for event in events.of(StepEvent)] == pytest.approx(theirs, abs=1e-5)
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.trainer.conftest import EXCHANGES, Events, MakeTask, Train
+from tests.trainer.plain_trl import losses_of_plain_trl
 from tunewright_trainer.errors import Diverged, InvalidConfiguration, InvalidData, InvalidModel, VerificationFailed
 from tunewright_trainer.protocol import EvaluationEvent, PlanEvent, ResultEvent, StageEvent, StepEvent
 
@@ -66,8 +67,6 @@ def test_fixed_seed_gives_pinned_losses(case: str, make_task: MakeTask, train: T
 
 def test_losses_equal_those_of_plain_trl(make_task: MakeTask, train: Train, tiny: Path, tmp_path: Path) -> None:
     """The recipe adds nothing to the arithmetic: TRL on the same chats, with its own masking, gives the same losses."""
-    from datasets import Dataset
-    from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
     events = train(make_task(method={"type": "LoRA", "lora": {"dropout": 0.0}}))
@@ -78,20 +77,7 @@ def test_losses_equal_those_of_plain_trl(make_task: MakeTask, train: Train, tiny
         }
         for row in EXCHANGES
     ]
-    trainer = SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32),
-        processing_class=AutoTokenizer.from_pretrained(tiny),
-        train_dataset=Dataset.from_list(rows),
-        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
-        args=SFTConfig(
-            output_dir=str(tmp_path / "trl"), max_steps=4, per_device_train_batch_size=4, learning_rate=0.01,
-            lr_scheduler_type="cosine", warmup_steps=0.06, max_length=128, logging_steps=1, seed=42, use_cpu=True,
-            bf16=False, gradient_checkpointing=None, activation_checkpointing=False, save_strategy="no",
-            report_to="none", disable_tqdm=True,
-        ),
-    )  # fmt: skip
-    trainer.train()
-    theirs = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    theirs = losses_of_plain_trl(SFTTrainer, SFTConfig, rows, tiny, tmp_path)
     assert [event.loss for event in events.of(StepEvent)] == pytest.approx(theirs, abs=1e-6)
 
 
