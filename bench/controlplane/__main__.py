@@ -11,6 +11,7 @@ For each N: create N FineTuneJobs at once against a real API server, etcd and co
 - ceiling: the same number of status writes of the same size by this script, with as many at once as the operator has,
   while the operator is stopped: what the API server takes without any operator. End -> terminal is one such write per
   FineTuneJob, so their ratio says what the operator itself costs;
+- CPU time by process while Jobs are created, and from end to terminal: the profile of either rate;
 - requests: what the operator's own counter says, watches and the lists at its start not included, divided by N;
 - restart: the operator is ended and started anew with all N in the cluster, until its queue is empty.
 
@@ -151,6 +152,16 @@ class Bench:
     operator: Operator
     seen: Seen
 
+    def cpu_seconds(self) -> dict[str, float]:
+        """Return the CPU time that everything at work has used so far, by process."""
+        found = {p.component: psutil.Process(p.pid) for p in processes.running(self.cluster.kubeconfig.parent)}
+        times = {name: process.cpu_times() for name, process in {**found, "benchmark": psutil.Process()}.items()}
+        return {name: t.user + t.system for name, t in times.items()} | {"operator": self.operator.cpu_seconds()}
+
+    def cpu_since(self, before: dict[str, float]) -> dict[str, float]:
+        """Return the CPU time used since `before`, by process."""
+        return {name: round(value - before[name], 1) for name, value in self.cpu_seconds().items()}
+
     async def submit(self, name: str) -> None:
         """Create a FineTuneJob and note when the request began."""
         self.seen.created[name] = time.monotonic()
@@ -169,7 +180,7 @@ class Bench:
 
     async def creation(self, *, with_pods: bool) -> Row:
         """Create all at once, until all have their Job."""
-        seen, cpu = self.seen, self.operator.cpu_seconds()
+        seen, before = self.seen, self.cpu_seconds()
         if not with_pods:
             signal_controller_manager(self.cluster, signal.SIGSTOP)
         began = time.monotonic()
@@ -178,7 +189,7 @@ class Bench:
         await until(lambda: all(n in seen.job for n in self.names), 600, "Jobs")
         waits = [seen.job[name] - seen.created[name] for name in self.names]
         took = max(seen.job[name] for name in self.names) - min(seen.created[name] for name in self.names)
-        used = self.operator.cpu_seconds() - cpu
+        used = self.cpu_since(before)
         signal_controller_manager(self.cluster, signal.SIGCONT)
         await until(lambda: all(n in seen.pods for n in self.names), 900, "pods")
         await asyncio.sleep(3)
@@ -186,27 +197,28 @@ class Bench:
             "create_calls_per_second": round(calls, 1),
             "jobs_per_second": round(len(self.names) / took, 1),
             **{f"create_p{share}_seconds": round(percentile(waits, share / 100), 3) for share in (50, 95, 99)},
-            "create_cpu_seconds": round(used, 1),
+            "create_cpu_seconds": used,
         }
 
     async def completion(self) -> Row:
         """End all pods and Jobs while the operator is stopped, until all FineTuneJobs are terminal."""
-        seen, cpu = self.seen, self.operator.cpu_seconds()
+        seen = self.seen
         signal_controller_manager(self.cluster, signal.SIGSTOP)
         await in_parallel(self.names, self._end_pod)
         await asyncio.sleep(3)
         self.operator.signal(signal.SIGSTOP)
         await in_parallel(self.names, self._end_job)
         await until(lambda: all(n in seen.job_complete for n in self.names), 900, "ends of Jobs")
-        first = time.monotonic()
+        before, first = self.cpu_seconds(), time.monotonic()
         self.operator.signal(signal.SIGCONT)
         await until(lambda: all(n in seen.terminal for n in self.names), 900, "ends")
+        used = self.cpu_since(before)
         signal_controller_manager(self.cluster, signal.SIGCONT)
         lags = [seen.terminal[n] - first for n in self.names]
         return {
             "completions_per_second": round(len(lags) / max(lags), 1),
             "terminal_p95_seconds": round(percentile(lags, 0.95), 3),
-            "finish_cpu_seconds": round(self.operator.cpu_seconds() - cpu, 1),
+            "finish_cpu_seconds": used,
         }
 
     async def ceiling(self) -> Row:
@@ -322,6 +334,10 @@ def print_table(rows: list[Row]) -> None:
         f"({PEER['jobs_per_second']:.0f} Jobs/s); {row['requests_per_job']} API requests per FineTuneJob "
         f"(Trainer: {PEER['requests_per_job']})"
     )
+    cores, used = os.cpu_count() or 1, row["finish_cpu_seconds"]
+    parts = ", ".join(f"{name} {1000 * seconds / row['finetunejobs']:.1f}" for name, seconds in used.items() if seconds)
+    each = 1000 * sum(used.values()) / row["finetunejobs"]
+    print(f"End -> terminal: {each:.1f} ms of CPU each ({parts}), at most {1000 * cores / each:.0f}/s on {cores} cores")
 
 
 def machine() -> Row:
