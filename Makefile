@@ -63,13 +63,13 @@ integration: venv ## The operator against a real API server
 	$(PYTEST) tests/integration
 
 trainer: venv ## Real training on tiny models, real S3 server
-	$(PYTEST) tests/trainer -n 2 --dist loadfile
+	$(PYTEST) tests/trainer -n 2 --dist loadfile --durations 20
 
 images: venv ## Build the operator and trainer images
 	$(BIN)/python -m tests.cluster images
 
 e2e: venv ## Operator, chart, images and trainer on a real kubelet
-	$(PYTEST) tests/e2e
+	$(PYTEST) tests/e2e --durations 20
 
 test: ## Everything that CI runs
 	.ci/steps
