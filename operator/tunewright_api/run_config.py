@@ -81,8 +81,17 @@ class TrainRun(SpecModel):
     hub: HubSettings = HubSettings()
     hub_output: HubOutput | None = None
     gpus: int = Field(ge=0)
+    nodes: int = Field(default=1, ge=1)
+    """Pods that train together."""
+    processes: int = Field(default=1, ge=1)
+    """Training processes of each pod."""
     stall_seconds: int | None = Field(default=None, ge=1)
     tracking: Tracking | None = None
+
+    @property
+    def world_size(self) -> int:
+        """Training processes of all pods together; each one takes `batch_size` rows at a time."""
+        return self.nodes * self.processes
 
     def to_json(self) -> str:
         """Return the canonical document: sorted keys, no white space, unset fields left out."""

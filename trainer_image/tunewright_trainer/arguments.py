@@ -100,6 +100,8 @@ def common_arguments(
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": on_gpu,
+        # What is trained has a gradient in every step; a search for what has none would cost a walk over the graph.
+        "ddp_find_unused_parameters": False,
         "neftune_noise_alpha": given.neftune_noise_alpha,
         **(given.extra or {}),
     }

@@ -21,24 +21,25 @@ from tunewright_trainer.errors import InvalidData
 from tunewright_trainer.protocol import WorkerTask
 from tunewright_trainer.recipe import Setup, Trained
 from tunewright_trainer.rows import BATCH_ROWS, TokenFile, batched, read_rows, write_arrow
+from tunewright_trainer.world import ALONE, World
 
 MAX_LABELS = 1000
 """More look like free text, or like numbers to be predicted."""
 _SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.int64())])
 
 
-def train(task: WorkerTask, report: Report, scratch: Path) -> None:
+def train(task: WorkerTask, report: Report, scratch: Path, world: World = ALONE) -> None:
     """Train as the task says; see `recipe.run_recipe`."""
-    recipe.run_recipe(task, report, scratch, train_and_save)
+    recipe.run_recipe(task, report, scratch, world, train_and_save)
 
 
-def train_and_save(setup: Setup, report: Report) -> Trained:
+def train_and_save(setup: Setup, report: Report) -> Trained | None:
     """Tokenise the texts and learn their labels; see `recipe.learn`."""
     task, run = setup.task, setup.task.run
     assert run.objective.classification is not None, "resolve_objective fills the block"
-    labels = tuple(run.objective.classification.labels or labels_of(task.train_path))
-    train_rows = tokenize(setup, labels, task.train_path, "training")
-    validation = tokenize(setup, labels, task.validation_path, "validation") if task.validation_path else None
+    given = run.objective.classification.labels
+    labels = tuple(given or setup.world.once_per_pod(lambda: labels_of(task.train_path)))
+    train_rows, validation = recipe.token_files(setup, lambda path, label: tokenize(setup, labels, path, label))
     trainer = build_trainer(setup, recipe.load_base(setup, labels), train_rows, validation, report)
     probes = cast("Dataset", trainer.train_dataset)[: verify.PROBE_ROWS]["input_ids"]
     return recipe.learn(setup, trainer, train_rows, report, probes=probes, outputs=labels)
@@ -93,7 +94,7 @@ def build_trainer(
     setup: Setup, model: PreTrainedModel, train_rows: TokenFile, validation: TokenFile | None, report: Report
 ) -> Trainer:
     """Return the trainer, with an adapter on the model where the method says so; the head is trained in any case."""
-    return Trainer(
+    trainer = Trainer(
         model=with_adapter(setup, model),
         args=classification_arguments(recipe.arguments(setup, evaluates=validation is not None)),
         train_dataset=Dataset.from_file(str(train_rows.path)),
@@ -102,6 +103,10 @@ def build_trainer(
         compute_metrics=scores,
         callbacks=[ProgressCallback(report)],
     )
+    # A classifier's loss is the mean of its batch, though its forward takes a number of rows to divide by: the trainer
+    # would neither divide it by the accumulation steps nor leave it alone with several processes.
+    trainer.model_accepts_loss_kwargs = False
+    return trainer
 
 
 def with_adapter(setup: Setup, model: PreTrainedModel) -> PreTrainedModel | PeftModel:

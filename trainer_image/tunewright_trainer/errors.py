@@ -19,9 +19,11 @@ TrainerError
 ├── Stalled                 26
 ├── Killed                 137  the worker process was killed from outside
 ├── WorkerFailure            *  what the worker reported: it names its own code and reason
+├── PeerLost                 1  another process of the run ended: the pod where that happened says why
 └── InternalError            1  our fault
     ├── VerificationFailed      the saved files do not give the logits of the trained model
-    └── CorruptArtifact         a published result does not match its manifest
+    ├── CorruptArtifact         a published result does not match its manifest
+    └── InputsChanged           the pods of a run found different inputs
 """
 
 from __future__ import annotations
@@ -163,6 +165,12 @@ class WorkerFailure(TrainerError):
         self.worker_reason = reason
 
 
+class PeerLost(TrainerError):
+    """The other processes of the run cannot be reached, or not any more: seldom a cause of its own."""
+
+    reason = "PeerLost"
+
+
 class InternalError(TrainerError):
     """Our fault."""
 
@@ -177,6 +185,12 @@ class CorruptArtifact(InternalError):
     """A published result does not match its manifest."""
 
     reason = "CorruptArtifact"
+
+
+class InputsChanged(InternalError):
+    """Model or data were changed while the pods of a run started."""
+
+    reason = "InputsChanged"
 
 
 def fate_of(error: TrainerError) -> tuple[ExitCode, str]:

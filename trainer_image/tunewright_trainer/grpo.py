@@ -25,6 +25,7 @@ from tunewright_trainer.recipe import Setup, Trained
 from tunewright_trainer.reward_models import load_reward_models
 from tunewright_trainer.rewards import Answer, Reward, build_rewards
 from tunewright_trainer.rows import TokenFile
+from tunewright_trainer.world import ALONE, World
 
 SHOWN = frozenset(
     {
@@ -45,27 +46,25 @@ class TokenisedGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL has no typ
         """Evaluate with the same random draws each time, so that only the model makes the difference; training's own
         draws go on as if nothing had been."""
         with torch.random.fork_rng():
-            torch.manual_seed(self.args.seed)
+            # Of several processes each draws its own: some may answer the same prompt.
+            torch.manual_seed(self.args.seed + self.args.process_index)
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
             return metrics
 
 
-def train(task: WorkerTask, report: Report, scratch: Path) -> None:
+def train(task: WorkerTask, report: Report, scratch: Path, world: World = ALONE) -> None:
     """Train as the task says; see `recipe.run_recipe`."""
-    recipe.run_recipe(task, report, scratch, train_and_save)
+    recipe.run_recipe(task, report, scratch, world, train_and_save)
 
 
-def train_and_save(setup: Setup, report: Report) -> Trained:
+def train_and_save(setup: Setup, report: Report) -> Trained | None:
     """Tokenise the prompts and learn from their answers; see `recipe.learn`."""
-    task, run = setup.task, setup.task.run
+    run = setup.task.run
     settings = run.objective.grpo
     assert settings is not None, "a rule asks for the block"
     limit = settings.max_prompt_length or run.hyperparameters.max_sequence_length - settings.max_completion_length
-    train_rows = write_prompts(setup.tokenizer, task.train_path, "training", setup.scratch, limit)
-    validation = (
-        write_prompts(setup.tokenizer, task.validation_path, "validation", setup.scratch, limit)
-        if task.validation_path
-        else None
+    train_rows, validation = recipe.token_files(
+        setup, lambda path, label: write_prompts(setup.tokenizer, path, label, setup.scratch, limit)
     )
     check_count(setup, train_rows.rows)
     rewards = build_rewards(settings.rewards, load_reward_models(setup))
@@ -86,13 +85,15 @@ def check_count(setup: Setup, rows: int) -> None:
     Raises:
         InvalidData: Saying how many are needed.
     """
-    given, settings = setup.task.run.hyperparameters, setup.task.run.objective.grpo
+    run = setup.task.run
+    given, settings = run.hyperparameters, run.objective.grpo
     assert settings is not None, "a rule asks for the block"
-    needed = given.batch_size * given.gradient_accumulation_steps // settings.generations
+    needed = given.batch_size * given.gradient_accumulation_steps * run.world_size // settings.generations
     if rows < needed:
+        processes = f" x {run.world_size} processes" if run.world_size > 1 else ""
         raise InvalidData(
             f"there are {rows} training rows, but a step takes {needed} prompts (batchSize x "
-            "gradientAccumulationSteps / grpo.generations): add rows, or lower one of the two"
+            f"gradientAccumulationSteps{processes} / grpo.generations): add rows, or lower one of the two"
         )
 
 

@@ -24,6 +24,13 @@ class Hardware:
 
     on_gpu: bool
     computes_bfloat16: bool
+    index: int = 0
+    """Number of this process's GPU."""
+
+    @property
+    def device(self) -> int | str:
+        """Where models go, as `device_map` names it."""
+        return self.index if self.on_gpu else "cpu"
 
 
 @dataclass(frozen=True)
@@ -40,11 +47,15 @@ class Precision:
     """Of matrix products with quantized weights."""
 
 
-def find_hardware(gpus: int) -> Hardware:
-    """Look at the device that a run with so many GPUs trains on.
+def find_hardware(gpus: int, index: int = 0) -> Hardware:
+    """Look at the device that a process of a run trains on, and make it the current one.
+
+    Args:
+        gpus: GPUs of this machine that the run asks for, one for each of its processes here.
+        index: Number of the process on this machine.
 
     Raises:
-        InvalidConfiguration: A GPU is asked for and none is visible.
+        InvalidConfiguration: More GPUs are asked for than are visible.
     """
     if gpus == 0:
         features = torch.cpu.get_capabilities()
@@ -54,7 +65,14 @@ def find_hardware(gpus: int) -> Hardware:
             f"resources.gpus is {gpus}, but PyTorch {torch.__version__} sees no GPU: use an image with CUDA on a node "
             "with a working driver, or set resources.gpus to 0 to train on the CPU"
         )
-    return Hardware(on_gpu=True, computes_bfloat16=torch.cuda.get_device_capability() >= _BFLOAT16_CAPABILITY)
+    if torch.cuda.device_count() < gpus:
+        raise InvalidConfiguration(
+            f"resources.gpus is {gpus}, but PyTorch sees only {torch.cuda.device_count()} of them: see "
+            "CUDA_VISIBLE_DEVICES and the node's device plugin, or lower resources.gpus"
+        )
+    torch.cuda.set_device(index)
+    computes_bfloat16 = torch.cuda.get_device_capability(index) >= _BFLOAT16_CAPABILITY
+    return Hardware(on_gpu=True, computes_bfloat16=computes_bfloat16, index=index)
 
 
 def choose_precision(run: TrainRun, hardware: Hardware) -> Precision:

@@ -56,7 +56,7 @@ def load_model(
     precision: Precision,
     *,
     weights: torch.dtype,
-    on_gpu: bool,
+    device: int | str,
     outputs: Sequence[str] | None = None,
 ) -> PreTrainedModel:
     """Load a model to the device that trains, quantized where the run says so.
@@ -66,7 +66,7 @@ def load_model(
         run: The run document.
         precision: Number formats of the run.
         weights: Number format of the weights that are not quantized.
-        on_gpu: Load to the GPU.
+        device: Number of the GPU, or "cpu".
         outputs: Names of the numbers that a head on the last token gives (labels, or one reward); None: the next token.
             A head that the files do not have is drawn at random.
 
@@ -86,7 +86,7 @@ def load_model(
             dtype=weights,
             attn_implementation=_ATTENTION[run.model.attention],
             quantization_config=quantization_config(run.quantization, precision) if run.quantization else None,
-            device_map={"": 0 if on_gpu else "cpu"},
+            device_map={"": device},
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,

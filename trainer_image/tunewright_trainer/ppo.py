@@ -38,6 +38,7 @@ from tunewright_trainer.protocol import EvaluationEvent, StageEvent, StepEvent, 
 from tunewright_trainer.recipe import Setup, Trained
 from tunewright_trainer.reward_models import load_reward_models
 from tunewright_trainer.rewards import Reward, build_rewards
+from tunewright_trainer.world import ALONE, World
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 """Beside the adapter: for going on with the training, of no use for anything else."""
@@ -46,9 +47,10 @@ _WITHIN_ROLLOUT = ("reward_std", "entropy")
 """Metrics that are no means over answers."""
 
 
-def train(task: WorkerTask, report: Report, scratch: Path) -> None:
+def train(task: WorkerTask, report: Report, scratch: Path, world: World = ALONE) -> None:
     """Train as the task says; see `recipe.run_recipe`."""
-    recipe.run_recipe(task, report, scratch, train_and_save)
+    assert world.size == 1, "the supervisor refuses several processes"
+    recipe.run_recipe(task, report, scratch, world, train_and_save)
 
 
 def train_and_save(setup: Setup, report: Report) -> Trained:

@@ -18,6 +18,7 @@ from tunewright_trainer.preference_rows import PreferenceTokenizer
 from tunewright_trainer.protocol import WorkerTask
 from tunewright_trainer.recipe import Setup, Trained
 from tunewright_trainer.rows import TokenFile
+from tunewright_trainer.world import ALONE, World
 
 
 class TokenisedDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no types
@@ -34,19 +35,18 @@ class TokenisedKTOTrainer(KTOTrainer):  # type: ignore[misc]  # TRL has no types
         return dataset
 
 
-def train(task: WorkerTask, report: Report, scratch: Path) -> None:
+def train(task: WorkerTask, report: Report, scratch: Path, world: World = ALONE) -> None:
     """Train as the task says; see `recipe.run_recipe`."""
-    recipe.run_recipe(task, report, scratch, train_and_save)
+    recipe.run_recipe(task, report, scratch, world, train_and_save)
 
 
-def train_and_save(setup: Setup, report: Report) -> Trained:
+def train_and_save(setup: Setup, report: Report) -> Trained | None:
     """Tokenise the rows and learn from them; see `recipe.learn`."""
     task, run = setup.task, setup.task.run
     settings = run.objective.dpo or run.objective.kto
     assert settings is not None, "resolve_objective fills the block"
     rows = PreferenceTokenizer(setup.tokenizer, run.hyperparameters.max_sequence_length, settings.max_prompt_length)
-    train_rows = tokenize(setup, rows, task.train_path, "training")
-    validation = tokenize(setup, rows, task.validation_path, "validation") if task.validation_path else None
+    train_rows, validation = recipe.token_files(setup, lambda path, label: tokenize(setup, rows, path, label))
     trainer = build_trainer(setup, recipe.load_start(setup), train_rows, validation, report)
     answer = "chosen_ids" if run.objective.type == "DPO" else "completion_ids"
     first = trainer.train_dataset[: verify.PROBE_ROWS]

@@ -1,7 +1,8 @@
 """What the supervisor and the worker say to each other: files in the work folder, nothing else.
 
     work/task.json      supervisor -> worker, written once by rename: model and data are there, begin
-    work/events.jsonl   worker -> supervisor, appended: one event a line
+    work/events.jsonl   worker -> supervisor, appended: one event a line; of several processes the first one of the
+                        whole run says all of it, the others only why they give up
     work/output/        worker -> supervisor: the files to publish, complete when the `result` event is there
 
 Files rather than pipes: an append never waits for a reader, so reporting cannot slow a training step down, and
@@ -76,6 +77,8 @@ class WorkerTask(_Message):
     output_path: Path
     reward_models: list[RewardModelFolder] = Field(default_factory=list)
     """One for each reward of type Model, in their order."""
+    run_key: str = ""
+    """Equal in all pods of a run, unless their inputs differ."""
 
 
 class StageEvent(_Message):
@@ -193,10 +196,10 @@ def read_task(work: Path) -> WorkerTask | None:
 
 
 def write_event(work: Path, event: BaseModel) -> None:
-    """Append one event; a single short write, so lines of one process never mix."""
+    """Append one event in a single unbuffered write, so that lines of several processes never mix."""
     line = event.model_dump_json(by_alias=True, exclude_none=True) + "\n"
-    with (work / EVENTS_FILE).open("a") as file:
-        file.write(line)
+    with (work / EVENTS_FILE).open("ab", buffering=0) as file:
+        file.write(line.encode())
 
 
 def parse_event(line: str) -> Event:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from peft import PeftModel
@@ -27,6 +27,7 @@ from tunewright_trainer.model import base_model_id, load_model, load_tokenizer, 
 from tunewright_trainer.protocol import PlanEvent, ResultEvent, StageEvent, WorkerTask
 from tunewright_trainer.rows import TokenFile
 from tunewright_trainer.selection import Selection, is_last_step_evaluated
+from tunewright_trainer.world import ALONE, World
 
 _REPORTED_VERSIONS = (
     "tunewright", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers",
@@ -43,6 +44,7 @@ class Setup:
     precision: Precision
     tokenizer: PreTrainedTokenizerBase
     scratch: Path
+    world: World = ALONE
 
     @property
     def trains_adapter(self) -> bool:
@@ -72,16 +74,28 @@ class Trained:
     """Names of the outputs of a classification head; None: a language model."""
 
 
+class Recipe(Protocol):
+    """What trains for one objective; see `run_recipe`."""
+
+    def __call__(self, task: WorkerTask, report: Report, scratch: Path, world: World = ALONE) -> None:
+        """Train as the task says."""
+
+
 def run_recipe(
-    task: WorkerTask, report: Report, scratch: Path, train_and_save: Callable[[Setup, Report], Trained]
+    task: WorkerTask,
+    report: Report,
+    scratch: Path,
+    world: World,
+    train_and_save: Callable[[Setup, Report], Trained | None],
 ) -> None:
     """Train as the task says, leave verified files in the output folder and report the result.
 
     Args:
         task: Run document and local files.
         report: Takes the events.
-        scratch: Folder for files that are of no use afterwards.
-        train_and_save: The recipe.
+        scratch: Folder for files that are of no use afterwards; all processes of a pod share it.
+        world: The processes that train together.
+        train_and_save: The recipe; gives None in all processes but the first.
 
     Raises:
         InvalidInput: Data, model or configuration cannot work.
@@ -89,8 +103,10 @@ def run_recipe(
         VerificationFailed: The saved files do not give the trained model's logits.
     """
     report(StageEvent(stage="Loading"))
-    setup = prepare(task, scratch)
+    setup = prepare(task, scratch, world)
     trained = train_and_save(setup, report)
+    if trained is None:
+        return
     # The model and the optimizer died with the frame of train_and_save; what is loaded now takes their memory.
     gc.collect()
     if setup.hardware.on_gpu:
@@ -114,9 +130,9 @@ def run_recipe(
     )
 
 
-def prepare(task: WorkerTask, scratch: Path) -> Setup:
+def prepare(task: WorkerTask, scratch: Path, world: World = ALONE) -> Setup:
     """Look at the hardware and load the tokenizer."""
-    hardware = find_hardware(task.run.gpus)
+    hardware = find_hardware(task.run.gpus, world.local_rank)
     scratch.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(task.model_path, task.run)
     if task.adapter_path is not None and task.run.model.chat_template is None:
@@ -124,10 +140,26 @@ def prepare(task: WorkerTask, scratch: Path) -> Setup:
         template = task.adapter_path / "chat_template.jinja"
         if template.is_file():
             tokenizer.chat_template = template.read_text(encoding="utf-8")
-    setup = Setup(task, hardware, choose_precision(task.run, hardware), tokenizer, scratch)
+    setup = Setup(task, hardware, choose_precision(task.run, hardware), tokenizer, scratch, world)
     if task.run.hyperparameters.extra:
         check_extra(task.run, arguments(setup, evaluates=task.validation_path is not None))
     return setup
+
+
+def token_files(setup: Setup, tokenize: Callable[[Path, str], TokenFile]) -> tuple[TokenFile, TokenFile | None]:
+    """Return the tokenised training and validation rows; one process of each pod writes them for all of it.
+
+    Args:
+        setup: What the run needs besides rows and model.
+        tokenize: Writes the token file of a file of rows, which are "training" or "validation" rows.
+    """
+    task = setup.task
+
+    def make() -> tuple[TokenFile, TokenFile | None]:
+        training = tokenize(task.train_path, "training")
+        return training, tokenize(task.validation_path, "validation") if task.validation_path else None
+
+    return setup.world.once_per_pod(make)
 
 
 def load_start(setup: Setup) -> PreTrainedModel | PeftModel:
@@ -157,7 +189,7 @@ def load_base(setup: Setup, outputs: Sequence[str] | None = None) -> PreTrainedM
         task.run,
         precision,
         weights=precision.weights,
-        on_gpu=setup.hardware.on_gpu,
+        device=setup.hardware.device,
         outputs=outputs,
     )
     check_vocabulary(model, setup.tokenizer)
@@ -230,8 +262,10 @@ def learn(
     probes: Sequence[list[int]],
     prompts: Sequence[samples.Prompt] = (),
     outputs: tuple[str, ...] | None = None,
-) -> Trained:
+) -> Trained | None:
     """Report the plan, train, evaluate before and after, write samples and result files, and record the probe.
+
+    Answers, files and probe are the first process's alone; the others are done before that, and give None.
 
     Args:
         setup: What the run needs besides rows and model.
@@ -242,9 +276,14 @@ def learn(
         prompts: Answered before and after; none for a model that writes no answers.
         outputs: Names of the outputs of a classification head; None: a language model.
     """
+    is_first = setup.world.is_first
     report(plan(setup, trainer, train_rows))
-    before = samples.base_answers(trainer.model, setup.tokenizer, prompts) if prompts else []
+    before = samples.base_answers(trainer.model, setup.tokenizer, prompts) if prompts and is_first else []
+    setup.world.gather(None)  # not all load a model, or answer, in the time that a collective operation may take
     loss, seconds = fit(setup, trainer, report)
+    setup.world.leave()
+    if not is_first:
+        return None
     tuned = trained_model(trainer)
     after = samples.answers(tuned, setup.tokenizer, prompts) if prompts else []
     save(setup, tuned)
@@ -262,6 +301,9 @@ def fit(setup: Setup, trainer: Trainer, report: Report) -> tuple[float, float]:
     """
     evaluates = trainer.eval_dataset is not None
     trainer.remove_callback(PrinterCallback)
+    if setup.world.size > 1:
+        # Now, because an evaluation marks a model as prepared: a training after it would never exchange gradients.
+        trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model)
     if evaluates:
         trainer.evaluate()
     evaluation = setup.task.run.evaluation
@@ -270,8 +312,10 @@ def fit(setup: Setup, trainer: Trainer, report: Report) -> tuple[float, float]:
         trainer.add_callback(selection)
     report(StageEvent(stage="Training"))
     began = time.monotonic()
-    # Evaluation and answers drew random numbers; dropout must not depend on whether they took place.
-    set_seed(setup.task.run.hyperparameters.seed)
+    # Evaluation and answers drew random numbers; dropout must not depend on whether they took place. All processes draw
+    # the same, because the order of rows may be among it; only GRPO's would all give the same answers to a prompt then.
+    own = setup.world.rank if setup.task.run.objective.type == "GRPO" else 0
+    set_seed(setup.task.run.hyperparameters.seed + own)
     loss: float = trainer.train().training_loss
     seconds = time.monotonic() - began
     if selection is not None:
@@ -318,10 +362,10 @@ def save_samples(setup: Setup, answers: list[dict[str, str]]) -> None:
 
 def load_result(setup: Setup, outputs: Sequence[str] | None = None) -> PreTrainedModel | PeftModel:
     """Load the saved files as a user would."""
-    run, precision, on_gpu = setup.task.run, setup.precision, setup.hardware.on_gpu
+    run, precision, device = setup.task.run, setup.precision, setup.hardware.device
     if not setup.trains_adapter:
-        return load_model(setup.result_path, run, precision, weights=setup.result_dtype, on_gpu=on_gpu, outputs=outputs)
-    base = load_model(setup.task.model_path, run, precision, weights=precision.weights, on_gpu=on_gpu, outputs=outputs)
+        return load_model(setup.result_path, run, precision, weights=setup.result_dtype, device=device, outputs=outputs)
+    base = load_model(setup.task.model_path, run, precision, weights=precision.weights, device=device, outputs=outputs)
     model = PeftModel.from_pretrained(base, setup.result_path)
     if outputs is not None:
         base.config.pad_token_id = setup.tokenizer.pad_token_id

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tunewright_api.conditions import Reason
 from tunewright_api.exit_codes import ExitCode
+from tunewright_api.run_config import TrainRun
 from tunewright_api.run_report import EvaluationResult, Progress, RunReport
 from tunewright_trainer.documents import Finished, metrics
 from tunewright_trainer.errors import TrainerError, fate_of
@@ -46,6 +47,17 @@ def succeeded(finished: Finished, published: Published, early_stop: str | None) 
         evaluation=finished.evaluation,
         output=published.output,
         train_seconds=finite(result.train_seconds),
+    )
+
+
+def took_part(run: TrainRun, node_rank: int, run_key: str | None) -> RunReport:
+    """Return the report of a pod that trained along, or would have: the first pod's report has the result."""
+    return RunReport(
+        exit_code=ExitCode.SUCCESS,
+        reason="TookPart",
+        message=f"pod {node_rank} of {run.nodes} (counted from 0) did its part; pod 0 reports the result",
+        stage="Finished",
+        run_key=run_key,
     )
 
 

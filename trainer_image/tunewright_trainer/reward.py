@@ -16,22 +16,24 @@ from tunewright_trainer.preference_rows import PreferenceTokenizer, write_scored
 from tunewright_trainer.protocol import WorkerTask
 from tunewright_trainer.recipe import Setup, Trained
 from tunewright_trainer.rows import TokenFile
+from tunewright_trainer.world import ALONE, World
 
 OUTPUTS = ("reward",)
 """The model's one output."""
 
 
-def train(task: WorkerTask, report: Report, scratch: Path) -> None:
+def train(task: WorkerTask, report: Report, scratch: Path, world: World = ALONE) -> None:
     """Train as the task says; see `recipe.run_recipe`."""
-    recipe.run_recipe(task, report, scratch, train_and_save)
+    recipe.run_recipe(task, report, scratch, world, train_and_save)
 
 
-def train_and_save(setup: Setup, report: Report) -> Trained:
+def train_and_save(setup: Setup, report: Report) -> Trained | None:
     """Tokenise the pairs and learn from them; see `recipe.learn`."""
-    task, run = setup.task, setup.task.run
+    run = setup.task.run
     rows = PreferenceTokenizer(setup.tokenizer, run.hyperparameters.max_sequence_length, max_prompt_length=None)
-    train_rows = write_scored(rows, task.train_path, "training", setup.scratch)
-    validation = write_scored(rows, task.validation_path, "validation", setup.scratch) if task.validation_path else None
+    train_rows, validation = recipe.token_files(
+        setup, lambda path, label: write_scored(rows, path, label, setup.scratch)
+    )
     trainer = build_trainer(setup, recipe.load_base(setup, OUTPUTS), train_rows, validation, report)
     probes = trainer.train_dataset[: verify.PROBE_ROWS]["chosen_ids"]
     return recipe.learn(setup, trainer, train_rows, report, probes=probes, outputs=OUTPUTS)

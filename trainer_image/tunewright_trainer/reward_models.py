@@ -74,7 +74,7 @@ def load_reward_model(
             base_path,
             num_labels=1,
             dtype=setup.precision.weights,
-            device_map={"": 0 if setup.hardware.on_gpu else "cpu"},
+            device_map={"": setup.hardware.device},
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,

@@ -79,7 +79,7 @@ class Selection(TrainerCallback):
         if self.best is None or now.score > self.best.score:
             self.best = now
             if self._loads_best:
-                torch.save(trained_weights(context["model"]), self._path(args))
+                self._keep(context["model"], args)
         if self._stopping is None:
             return
         # Many steps, each smaller than minDelta, may add up to an improvement: the reference moves only with one.
@@ -100,14 +100,19 @@ class Selection(TrainerCallback):
             trainer.evaluate()
         assert self.best is not None, "the last step was evaluated"
         if self.best.step != trainer.state.global_step:
-            load(cast("nn.Module", trainer.model), self._path(trainer.args))
+            load(cast("nn.Module", trainer.model), self._path)
         named = {name.removeprefix("eval_"): value for name, value in self.best.metrics.items()}
         loss = self.best.metrics["eval_loss"]
         self._report(BestEvent(step=self.best.step, loss=loss, metrics=further(named)))
 
-    def _path(self, args: TrainingArguments) -> Path:
-        # Every process of a distributed run keeps its own: their disks may not be shared.
-        return self._folder / f"best-{args.process_index}.pt"
+    def _keep(self, model: nn.Module, args: TrainingArguments) -> None:
+        # All processes have the same weights; those of a pod share its disk.
+        if args.local_process_index == 0:
+            torch.save(trained_weights(model), self._path)
+
+    @property
+    def _path(self) -> Path:
+        return self._folder / "best.pt"
 
     def _why(self, state: TrainerState) -> str:
         assert self._stopping is not None

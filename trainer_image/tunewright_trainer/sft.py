@@ -17,14 +17,15 @@ from tunewright_trainer.errors import InvalidData
 from tunewright_trainer.protocol import WorkerTask
 from tunewright_trainer.recipe import Setup, Trained
 from tunewright_trainer.rows import RowTokenizer, TokenFile, read_rows, row_tokenizer, write_token_file
+from tunewright_trainer.world import ALONE, World
 
 
-def train(task: WorkerTask, report: Report, scratch: Path) -> None:
+def train(task: WorkerTask, report: Report, scratch: Path, world: World = ALONE) -> None:
     """Train as the task says; see `recipe.run_recipe`."""
-    recipe.run_recipe(task, report, scratch, train_and_save)
+    recipe.run_recipe(task, report, scratch, world, train_and_save)
 
 
-def train_and_save(setup: Setup, report: Report) -> Trained:
+def train_and_save(setup: Setup, report: Report) -> Trained | None:
     """Tokenise the rows and learn from them; see `recipe.learn`."""
     task, run = setup.task, setup.task.run
     settings = run.objective.sft
@@ -35,8 +36,7 @@ def train_and_save(setup: Setup, report: Report) -> Trained:
         run.hyperparameters.max_sequence_length,
         learns_all=settings.loss == "AllTokens",
     )
-    train_rows = tokenize(rows, task.train_path, "training", setup.scratch)
-    validation = tokenize(rows, task.validation_path, "validation", setup.scratch) if task.validation_path else None
+    train_rows, validation = recipe.token_files(setup, lambda path, label: tokenize(rows, path, label, setup.scratch))
     trainer = build_trainer(setup, recipe.load_start(setup), train_rows, validation, report)
     return recipe.learn(
         setup,
@@ -75,7 +75,8 @@ def build_trainer(
     run = setup.task.run
     dataset = Dataset.from_file(str(train_rows.path))
     if run.hyperparameters.packing:
-        dataset = pack_dataset(dataset, run.hyperparameters.max_sequence_length, "bfd")
+        length = run.hyperparameters.max_sequence_length
+        dataset = setup.world.once_per_pod(lambda: pack_dataset(dataset, length, "bfd"))
     return SFTTrainer(
         model=model,
         args=sft_config(run, recipe.arguments(setup, evaluates=validation is not None)),

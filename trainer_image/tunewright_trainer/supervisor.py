@@ -20,11 +20,11 @@ from tunewright_trainer import (
     artifact,
     documents,
     inputs,
+    launcher,
     publish,
     reports,
     reward_inputs,
     start_adapter,
-    worker_process,
 )
 from tunewright_trainer.dataset import BadRows, PreparedData
 from tunewright_trainer.errors import (
@@ -34,13 +34,13 @@ from tunewright_trainer.errors import (
     Stalled,
     TrainerError,
 )
-from tunewright_trainer.events import EventTail, Heartbeat, MetricsFile
+from tunewright_trainer.events import Heartbeat, MetricsFile
 from tunewright_trainer.inputs import Inputs
+from tunewright_trainer.listener import Listener
 from tunewright_trainer.protocol import (
     EVENTS_FILE,
     OUTPUT_FOLDER,
     TASK_FILE,
-    ErrorEvent,
     ResultEvent,
     WorkerTask,
     write_task,
@@ -100,12 +100,13 @@ class _Attempt:
         self.stop = Stop(settings.stop)
         self.heartbeat = Heartbeat(self.log.say)
         self.tracker = Tracker(time.monotonic, self._on_progress)
-        self.tail = EventTail(settings.work)
         self.metrics = MetricsFile(settings.work / METRICS_FILE)
         self.trackers = Trackers(run, settings.work, settings.environment, self.log.say)
-        self.result: ResultEvent | None = None
-        self.oom_kills_before = worker_process.oom_kills()
-        self.worker = WorkerProcess(settings.worker_command, settings.work, settings.environment, self.log)
+        self.place = launcher.find_place(run, settings.environment)
+        command = launcher.launch_command(run, self.place, settings.worker_command, settings.work)
+        self.worker = WorkerProcess(command, settings.work, settings.environment, self.log)
+        takers = (self.tracker.handle, self.metrics.write, self.trackers.write)
+        self.listener = Listener(self.worker, settings.work, self.log, takers, expects_result=self.place.is_first)
         self.storage = Storage(run.storage, stop=self.stop, local=settings.local, pvc_root=settings.pvc_root)
 
     def _on_progress(self, progress: Progress) -> None:
@@ -152,10 +153,13 @@ class _Attempt:
         return report
 
     def _steps(self) -> RunReport:
+        launcher.check_place(self.run, self.settings.environment)
         found = self._find_inputs()
         self.run_key = found.key(self.run)
         self.log.say(f"run key {self.run_key}")
         published = self._published_before()
+        if not self.place.is_first:
+            return self._take_part(found, published)
         if published is not None:
             return self._cached(published)
         self.trackers.start()
@@ -178,7 +182,7 @@ class _Attempt:
         return Inputs(model, data, rewards, adapter)
 
     def _check_push(self) -> None:
-        if self.run.hub_output is not None:
+        if self.run.hub_output is not None and self.place.is_first:
             from tunewright_trainer import hub_push
 
             hub_push.check(self.run, self.stop)
@@ -238,7 +242,8 @@ class _Attempt:
             f"{data.train_rows} rows to train on, {data.validation_rows} to evaluate on, format {data.format.name} "
             f"({data.format.why})"
         )
-        self.tracker.enter("Loading", "waiting for the training process")
+        pods = f"es of {self.run.nodes} pods" if self.run.nodes > 1 else ""
+        self.tracker.enter("Loading", f"waiting for the training process{pods}")
         write_task(
             work,
             WorkerTask(
@@ -250,17 +255,30 @@ class _Attempt:
                 row_format=data.format.row_format,
                 output_path=work / OUTPUT_FOLDER,
                 reward_models=rewards,
+                run_key=self.run_key or "",
             ),
         )
         return data
 
+    def _take_part(self, found: Inputs, published: Published | None) -> RunReport:
+        """Train along in a pod that is not the first of its run: that one looks after progress and result."""
+        if published is None:
+            self._fetch(found)
+            while not self.listener.ended_well:
+                self.settings.stop.check()
+                self.listener.listen()
+                time.sleep(POLL_SECONDS)
+        self.tracker.enter("Finished", "the first pod has the result")
+        return reports.took_part(self.run, self.place.node_rank, self.run_key)
+
     def _follow(self) -> ResultEvent:
-        """Follow the worker to its result."""
+        """Follow the workers to their result."""
         limit = self.run.stall_seconds
         last_sign = time.monotonic()
-        while self.result is None:
+        while self.listener.result is None:
             self.settings.stop.check()
-            if self._listen():
+            # Pods start minutes apart; before all of them are there the workers say nothing.
+            if self.listener.listen() or (self.run.nodes > 1 and not self.listener.heard):
                 last_sign = time.monotonic()
             elif limit is not None and time.monotonic() - last_sign > limit:
                 progress = self.tracker.progress
@@ -268,37 +286,9 @@ class _Attempt:
                     f"no sign of progress for {limit} s (retry.timeouts.stall) at stage {progress.stage}, "
                     f"step {progress.step}"
                 )
-            if self.result is None:
+            if self.listener.result is None:
                 time.sleep(POLL_SECONDS)
-        return self.result
-
-    def _listen(self) -> bool:
-        """Take in what the worker said since the last time, and tell whether it said anything.
-
-        Raises:
-            WorkerFailure: It gave up.
-            Killed, InternalError: It died.
-        """
-        # Before reading: what it said before its end must not be missed.
-        code = self.worker.exit_code()
-        events = self.tail.read()
-        for event in events:
-            self.tracker.handle(event)
-            self.metrics.write(event)
-            self.trackers.write(event)
-            if isinstance(event, ResultEvent):
-                self.result = event
-            elif isinstance(event, ErrorEvent):
-                raise worker_process.failure_of(event)
-        if code is not None and self.result is None:
-            self.worker.wait(GRACE_SECONDS)
-            raise worker_process.death_of(
-                code,
-                self.log.last_worker_line(),
-                oom_kills=worker_process.oom_kills() - self.oom_kills_before,
-                memory_limit=worker_process.memory_limit(),
-            )
-        return bool(events)
+        return self.listener.result
 
     def _publish(self, found: Inputs, data: PreparedData, result: ResultEvent) -> RunReport:
         assert self.run_key is not None
@@ -362,8 +352,8 @@ class _Attempt:
 
     def _watch(self) -> None:
         self.settings.stop.check()
-        if self.result is None:
-            self._listen()
+        if self.listener.result is None:
+            self.listener.listen()
 
 
 def _clear(work: Path) -> None:

@@ -1,4 +1,4 @@
-"""The training process: `python -m tunewright_trainer.worker --work DIR`.
+"""The training process: `python -m tunewright_trainer.worker --work DIR`, several of them under `launcher.py`.
 
 It imports the training stack (20 s of CPU) while the supervisor still fetches model and data, waits for the task,
 trains, and ends with the exit code of `tunewright_api.exit_codes`. What it says goes to events.jsonl; stdout and
@@ -14,46 +14,92 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
+
+from pydantic import BaseModel
 
 from tunewright_api.exit_codes import OUTCOMES, ExitCode
-from tunewright_trainer.errors import GpuOutOfMemory, TrainerError, fate_of
+from tunewright_trainer.errors import GpuOutOfMemory, PeerLost, TrainerError, fate_of
 from tunewright_trainer.protocol import ErrorEvent, WorkerTask, read_task, write_event
+from tunewright_trainer.worker_process import die_with_parent
 
 if TYPE_CHECKING:
-    from tunewright_trainer.callback import Report
+    from tunewright_trainer.recipe import Recipe
+    from tunewright_trainer.world import World
 
 POLL_SECONDS = 0.05
 PARENT_POLL_SECONDS = 0.5
 SCRATCH_FOLDER = "scratch"
+LAUNCHER_PID = "TUNEWRIGHT_LAUNCHER_PID"
+"""Environment variable with the parent's process id, under a launcher."""
 
 
-def main() -> int:
-    """Run the worker and return its exit code."""
+def main() -> NoReturn:
+    """Run the worker, and end the process with its exit code."""
+    code = run()
+    if "LOCAL_RANK" in os.environ:
+        # Without Python's way to end, which may wait for operations that nobody else takes part in any more, or fail,
+        # upon which the launcher would end the process that verifies the result.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def run() -> int:
+    """Do what the command line says and return the exit code."""
     parser = argparse.ArgumentParser(description="Train what the task file in the work folder says.")
     parser.add_argument("--work", type=Path, required=True, help="work folder shared with the supervisor")
-    work: Path = parser.parse_args().work
-    threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
-    set_environment()
+    parser.add_argument(
+        "--collective-seconds", type=float, default=0.0, help="limit of a collective operation, under a launcher"
+    )
+    given = parser.parse_args()
+    die_with_parent()
+    # A thread besides: the launcher may have ended before this line, and not every container runtime has such a kernel.
+    parent = int(os.environ.get(LAUNCHER_PID, os.getppid()))
+    threading.Thread(target=end_with_parent, args=(parent,), daemon=True).start()
+    set_environment(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     # Here, not at the top: the environment must be set first, and a bad import must be reported as an event.
     try:
         import_stack()
-        return run_task(work, wait_for_task(work))
+        return train_together(given.work, given.collective_seconds)
     # Whatever our own fault is, the supervisor gets an event and the log a traceback.
     except Exception as error:
         traceback.print_exc()
-        return fail(work, ExitCode.INTERNAL_ERROR, OUTCOMES[ExitCode.INTERNAL_ERROR].reason, describe(error))
+        return fail(given.work, ExitCode.INTERNAL_ERROR, OUTCOMES[ExitCode.INTERNAL_ERROR].reason, describe(error))
 
 
-def run_task(work: Path, task: WorkerTask) -> int:
+def train_together(work: Path, collective_seconds: float) -> int:
+    """Join the other processes where there are some, take the task and carry it out."""
+    from tunewright_trainer.world import is_peer_lost, join
+
+    try:
+        world = join(collective_seconds)
+        return run_task(work, wait_for_task(work), world)
+    except Exception as error:
+        if not is_peer_lost(error):
+            raise
+        traceback.print_exc()
+        message = (
+            "the connection to the other training processes is lost: see how the other pods of the Job ended; where "
+            f"none failed, see whether a NetworkPolicy or a node keeps them apart ({describe(error)})"
+        )
+        return fail(work, PeerLost.exit_code, PeerLost.reason, message)
+
+
+def run_task(work: Path, task: WorkerTask, world: World | None = None) -> int:
     """Train; turn what the run is to blame for into its event and exit code."""
     import torch
 
+    from tunewright_trainer.world import ALONE
+
+    world = world or ALONE
+    report = partial(write_event, work) if world.is_first else keep_quiet
     try:
-        recipe_of(task)(task, partial(write_event, work), work / SCRATCH_FOLDER)
+        world.agree(task)
+        recipe_of(task)(task, report, work / SCRATCH_FOLDER, world)
     except TrainerError as error:
         traceback.print_exc()
         code, reason = fate_of(error)
@@ -70,7 +116,11 @@ def run_task(work: Path, task: WorkerTask) -> int:
     return ExitCode.SUCCESS
 
 
-def recipe_of(task: WorkerTask) -> Callable[[WorkerTask, Report, Path], None]:
+def keep_quiet(_: BaseModel) -> None:
+    """Report nothing: the first process of the run tells for all."""
+
+
+def recipe_of(task: WorkerTask) -> Recipe:
     """Return the recipe of the task's objective."""
     from tunewright_trainer import classification, grpo, ppo, preference, reward, sft
 
@@ -125,14 +175,18 @@ def end_with_parent(parent: int) -> None:
     os._exit(ExitCode.INTERNAL_ERROR)
 
 
-def set_environment() -> None:
-    """Set what libraries read while they are imported; what the pod sets itself wins."""
+def set_environment(processes: int) -> None:
+    """Set what libraries read while they are imported; what the pod sets itself wins.
+
+    Args:
+        processes: Training processes that share this machine's CPUs, with a GPU each where it has some.
+    """
     defaults = {
         # Everything is on disk; a look-up at the hub would wait for a network that may not be there.
         "HF_HUB_OFFLINE": "1",
-        # A spec asks for one GPU at most; the trainer refuses to start where it sees more.
-        "CUDA_VISIBLE_DEVICES": "0",
-        "OMP_NUM_THREADS": str(cpu_limit()),
+        # No more than the run asks for: a process that trains alone would take all that it sees.
+        "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(processes))),
+        "OMP_NUM_THREADS": str(max(1, cpu_limit() // processes)),
         # Waiting threads sleep instead of spinning: where cores are shared, as they are under a container's limit or
         # beside other pods, spinning takes the time of the thread that is waited for (steps took 2 to 4 times as long).
         "OMP_WAIT_POLICY": "PASSIVE",
@@ -156,4 +210,4 @@ def cpu_limit(cgroup_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

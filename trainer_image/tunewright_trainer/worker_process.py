@@ -1,4 +1,4 @@
-"""The worker as a process: start, watch, end, and what its death means."""
+"""The worker, or the launcher of several, as a process: start, watch, end, and what its death means."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tunewright_api.exit_codes import ExitCode
-from tunewright_trainer.errors import InternalError, Killed, TrainerError, WorkerFailure
+from tunewright_trainer.errors import InternalError, Killed, PeerLost, TrainerError, WorkerFailure
 from tunewright_trainer.protocol import ErrorEvent
 from tunewright_trainer.run_log import SECRET_VARIABLES, RunLog
 
@@ -20,6 +20,9 @@ GRACE_SECONDS = 5.0
 PR_SET_PDEATHSIG = 1
 _PRIVATE_PREFIXES = ("AWS_", "MLFLOW_", *SECRET_VARIABLES)
 _CGROUP = Path("/sys/fs/cgroup")
+_LOST_PEER = ("watchdog thread terminated with exception: NCCL error", "Watchdog caught collective operation timeout")
+"""What PyTorch prints before it aborts a process whose GPU waits for one that is gone: no Python is left to say it."""
+_LOG_END_BYTES = 1 << 18
 _LIBC = ctypes.CDLL(None)
 
 
@@ -42,7 +45,7 @@ class WorkerProcess:
             env={name: value for name, value in environment.items() if not name.startswith(_PRIVATE_PREFIXES)}
             | {"PYTHONUNBUFFERED": "1"},
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
         self._reader = threading.Thread(target=self._copy_output, name="worker-output", daemon=True)
         self._reader.start()
@@ -89,21 +92,26 @@ class WorkerProcess:
                 self._log.worker_line(line.decode(errors="replace"))
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Let the kernel kill this process when its parent ends."""
     _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def death_of(code: int, last_line: str, *, oom_kills: int, memory_limit: int | None) -> TrainerError:
+def death_of(
+    code: int, last_line: str, *, oom_kills: int, memory_limit: int | None, lost_peer: bool = False
+) -> TrainerError:
     """Say what it means that the worker ended without a result and without an error event.
 
     Args:
-        code: Its exit code; negative is a signal.
+        code: Its exit code; negative or above 128 is a signal.
         last_line: The last thing it wrote.
         oom_kills: Processes that the kernel killed in this container for memory since the worker started.
         memory_limit: The container's memory limit in bytes, if it has one.
+        lost_peer: It wrote that it waited for another process in vain.
     """
+    code = 128 - code if code > 128 else code
     limit = f" of {memory_limit / 2**30:.1f} GiB" if memory_limit else ""
-    if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
+    if code == -signal.SIGKILL:
         if oom_kills:
             return Killed(
                 f"the training process went over the container's memory limit{limit} and was killed: raise "
@@ -114,11 +122,24 @@ def death_of(code: int, last_line: str, *, oom_kills: int, memory_limit: int | N
             f"memory{f' (limit{limit})' if limit else ''}: raise resources.memory"
         )
     said = f"; its last line: {last_line[:400]}" if last_line else ""
+    if code == -signal.SIGABRT and lost_peer:
+        return PeerLost(
+            "the connection of the GPUs to the other training processes is lost: see how the other pods of the Job "
+            f"ended; where none failed, see the log for NCCL's reason{said}"
+        )
     if code < 0:
         return InternalError(f"the training process crashed with {signal.Signals(-code).name}{said}")
     if code == 0:
         return InternalError(f"the training process ended without a result{said}")
     return InternalError(f"the training process failed with exit code {code}{said}")
+
+
+def is_lost_peer(log: Path) -> bool:
+    """Tell whether the end of a log says that a process waited for another one in vain."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - _LOG_END_BYTES))
+        end = file.read().decode(errors="replace")
+    return any(text in end for text in _LOST_PEER)
 
 
 def oom_kills(cgroup: Path = _CGROUP) -> int:

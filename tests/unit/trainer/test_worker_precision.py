@@ -87,6 +87,26 @@ def test_missing_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         find_hardware(1)
 
 
+def test_too_few_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pod with fewer GPUs than the run asks for says so, before a process finds none for itself."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InvalidConfiguration, match=r"resources\.gpus is 4, but PyTorch sees only 2 of them"):
+        find_hardware(4, 3)
+
+
+def test_a_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third of four processes loads its models to the third GPU."""
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert find_hardware(4, 2).device == 2
+    assert chosen == [2]
+    assert find_hardware(0).device == "cpu"
+
+
 def test_cpu_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU computes bfloat16 when it has the instructions, whatever its maker calls them."""
     for features, expected in (({"avx512_bf16": True}, True), ({"avx512_f": True}, False), ({"bf16": True}, True)):

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tunewright_trainer.errors import InternalError, Killed, TrainerError
+from tunewright_trainer.errors import InternalError, Killed, PeerLost, TrainerError
 from tunewright_trainer.run_log import Redactor, RunLog
-from tunewright_trainer.worker_process import death_of, memory_limit, oom_kills
+from tunewright_trainer.worker_process import death_of, is_lost_peer, memory_limit, oom_kills
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,7 @@ from tunewright_trainer.worker_process import death_of, memory_limit, oom_kills
             "was killed (SIGKILL), most likely because the node or the container ran out of memory (limit",
         ),
         (-11, 0, None, InternalError, "crashed with SIGSEGV; its last line: boom"),
+        (139, 0, None, InternalError, "crashed with SIGSEGV; its last line: boom"),
         (0, 0, None, InternalError, "ended without a result; its last line: boom"),
         (3, 0, None, InternalError, "failed with exit code 3; its last line: boom"),
     ],
@@ -39,6 +40,22 @@ def test_a_death_is_explained(code: int, kills: int, limit: int | None, kind: ty
     error = death_of(code, "boom", oom_kills=kills, memory_limit=limit)
     assert type(error) is kind
     assert str(error).startswith(f"the training process {message}")
+
+
+NCCL = (
+    "[rank1]:[E1122 12:00:00.0 ProcessGroupNCCL.cpp:1895] [PG ID 0 PG GUID 0 Rank 1] Process group watchdog thread "
+    "terminated with exception: NCCL error: remote process exited or there was a network error\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("log", "kind"), [(NCCL + "frame #0: c10::Error\n" * 100, PeerLost), ("boom\n", InternalError)]
+)
+def test_a_gpu_that_waits_in_vain_has_lost_its_peer(tmp_path: Path, log: str, kind: type[TrainerError]) -> None:
+    """PyTorch aborts such a process from a thread of its own; only its log tells that from another crash."""
+    (tmp_path / "log").write_text(log)
+    lost = is_lost_peer(tmp_path / "log")
+    assert type(death_of(134, "boom", oom_kills=0, memory_limit=None, lost_peer=lost)) is kind
 
 
 def test_the_cgroup_is_read(tmp_path: Path) -> None:

@@ -1,0 +1,174 @@
+"""Real training in several processes, in a pod and in several pods: one result, and the losses of one process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.trainer.conftest import EXCHANGES, Events, MakeTask, task_maker
+from tests.trainer.kit import WRITER, Bucket, bucket_run
+from tests.trainer.pods import Pods, one_pod, two_pods
+from tests.trainer.s3_fixtures import bucket, server, shared_bucket
+from tests.trainer.test_worker_grpo import PROMPTS, WORD
+from tests.trainer.test_worker_objectives import JUDGED, LABELLED, PAIRS
+from tunewright_api.run_config import TrainRun
+from tunewright_api.run_report import RunReport
+from tunewright_trainer import worker
+from tunewright_trainer.artifact import download_artifact
+from tunewright_trainer.protocol import EVENTS_FILE, EvaluationEvent, ResultEvent, StepEvent, parse_event, write_task
+from tunewright_trainer.settings import SupervisorSettings
+from tunewright_trainer.storage import Storage
+
+__all__ = ["bucket", "server", "shared_bucket"]
+
+pytestmark = pytest.mark.timeout(300)
+
+LOSS_TOLERANCE = 1e-4
+"""Sums in another order; replicas that exchange no gradients, or see other rows, are off by 2e-3 and more."""
+WORKER = SupervisorSettings.__dataclass_fields__["worker_command"].default
+LORA = {"type": "LoRA", "lora": {"dropout": 0.0}}
+"""What is dropped depends on the number of processes, so losses are equal only without."""
+VALIDATION = EXCHANGES[:8]
+STEPS = {"maxSteps": 4, "batchSize": 2, "learningRate": 0.002, "maxSequenceLength": 128}
+CASES: dict[str, dict[str, Any]] = {
+    "full": {"method": {"type": "Full"}, "validation": VALIDATION, "hyperparameters": {"gradientCheckpointing": True}},
+    "packing": {"method": LORA, "hyperparameters": {"packing": True, "batchSize": 1, "maxSequenceLength": 64}},
+    "qlora": {"method": {**LORA, "type": "QLoRA", "quantization": {"bits": 4}}},
+    "dpo": {
+        "rows": PAIRS,
+        "validation": PAIRS[:4],
+        "row_format": "Preference",
+        "objective": {"type": "DPO"},
+        "method": LORA,
+    },
+    "kto": {"rows": JUDGED, "row_format": "UnpairedPreference", "objective": {"type": "KTO"}, "method": LORA},
+    "reward": {"rows": PAIRS, "row_format": "Preference", "objective": {"type": "Reward"}, "method": LORA},
+    "classification": {
+        "rows": LABELLED,
+        "validation": LABELLED[:8],
+        "row_format": "Labelled",
+        "objective": {"type": "Classification"},
+        "method": {"type": "Full"},
+        "evaluation": {"strategy": "Steps", "steps": 1, "loadBest": True, "metric": "F1"},
+    },
+}
+GRPO = {
+    "rows": PROMPTS,
+    "row_format": "Prompts",
+    "objective": {"type": "GRPO", "grpo": {"rewards": [WORD], "generations": 4, "maxCompletionLength": 3}},
+    "method": LORA,
+    "hyperparameters": {"batchSize": 8},
+}
+
+
+def scaled(make_task: MakeTask, processes: int, case: dict[str, Any]) -> Any:
+    """Return a task for so many processes; one process takes their batches one after the other instead."""
+    given = {**STEPS, **case.get("hyperparameters", {}), "gradientAccumulationSteps": 2 // processes}
+    task = make_task(**{**case, "hyperparameters": given})
+    return task.model_copy(update={"run": task.run.model_copy(update={"processes": processes})})
+
+
+def alone(tiny: Path, folder: Path, case: dict[str, Any]) -> Events:
+    """Train in this process and return what was reported."""
+    folder.mkdir()
+    task = scaled(task_maker(tiny, folder), 1, case)
+    events = Events()
+    worker.recipe_of(task)(task, events.append, folder / "scratch")
+    return events
+
+
+@pytest.fixture(scope="module")
+def together(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Events]:
+    """What two processes report of all cases."""
+    top = tmp_path_factory.mktemp("together")
+    cases = {**CASES, "grpo": GRPO}
+    for name, case in cases.items():
+        (top / name).mkdir()
+        write_task(top / name, scaled(task_maker(tiny, top / name), 2, case))
+    launch = ["--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2", "--log-dir=/dev/null", "--module"]
+    command = [sys.executable, "-m", "torch.distributed.run", *launch, "tests.trainer.together"]
+    done = subprocess.run([*command, *(str(top / name) for name in cases)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+    lines = {name: (top / name / EVENTS_FILE).read_text().splitlines() for name in cases}
+    return {name: Events(map(parse_event, of_case)) for name, of_case in lines.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_equal_those_of_one_process(case: str, together: dict[str, Events], tiny: Path, tmp_path: Path) -> None:
+    """Two processes train as one that accumulates twice as many batches: same rows, gradients and evaluations."""
+    ours, theirs = together[case], alone(tiny, tmp_path / "alone", CASES[case])
+    for kind in (StepEvent, EvaluationEvent):
+        losses = [event.loss for event in ours.of(kind)]
+        assert losses == pytest.approx([event.loss for event in theirs.of(kind)], abs=LOSS_TOLERANCE)
+    assert len(ours.of(StepEvent)) == 4
+    assert len(ours.of(ResultEvent)) == 1
+    assert [type(event) for event in ours] == [type(event) for event in theirs]
+
+
+def test_processes_answer_differently(together: dict[str, Events]) -> None:
+    """GRPO: each of two processes draws answers of its own, so that a group's rewards differ."""
+    steps = together["grpo"].of(StepEvent)
+    assert len(steps) == 4
+    assert all(step.metrics is not None and step.metrics["reward_std"] > 0 for step in steps)
+    assert len(together["grpo"].of(ResultEvent)) == 1
+
+
+@pytest.fixture(scope="module")
+def sft_losses(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float | None]:
+    """Losses of the LoRA run in one process."""
+    events = alone(tiny, tmp_path_factory.mktemp("sft") / "alone", {"method": LORA, "validation": VALIDATION})
+    return [event.loss for event in events.of(StepEvent)]
+
+
+@pytest.fixture
+def inputs(bucket: Bucket, tiny: Path) -> Bucket:
+    """A bucket with the tiny model and rows."""
+    for path in tiny.iterdir():
+        bucket.put(f"base/{path.name}", path.read_bytes())
+    for name, rows in {"train": EXCHANGES, "validation": VALIDATION}.items():
+        bucket.put(f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    return bucket
+
+
+def sft_run(bucket: Bucket) -> TrainRun:
+    """Return the LoRA run on the inputs of a bucket."""
+    return bucket_run(
+        bucket,
+        model={"uri": f"s3://{bucket.name}/base", "dtype": "Float32"},
+        dataset={kind: [{"uri": f"s3://{bucket.name}/{kind}.jsonl"}] for kind in ("train", "validation")},
+        method=LORA,
+        hyperparameters={**STEPS, "gradientAccumulationSteps": 1},
+    )
+
+
+def check_result(inputs: Bucket, report: RunReport, losses: list[float | None], folder: Path) -> None:
+    """Compare a published result with the training in one process, and verify its files."""
+    assert report.reason == "Succeeded", report.message
+    own = f"out/{report.run_key}/{WRITER}"
+    body = inputs.client.get_object(Bucket=inputs.name, Key=f"{own}/metrics.jsonl")["Body"].read()
+    lines = [json.loads(line) for line in body.splitlines()]
+    assert [line["loss"] for line in lines if "loss" in line] == pytest.approx(losses, abs=LOSS_TOLERANCE)
+    assert report.output is not None
+    download_artifact(report.output.uri, folder, Storage(bucket_run(inputs).storage))
+    assert (folder / "adapter_model.safetensors").is_file()
+    assert {f"{own}/samples.json", f"{own}/probe.safetensors"} <= set(inputs.stored(own))
+
+
+def test_two_processes_publish_one_result(inputs: Bucket, tmp_path: Path, sft_losses: list[float | None]) -> None:
+    """A pod with two training processes publishes what one process would have trained to."""
+    (report,) = Pods(one_pod(sft_run(inputs)), tmp_path, WORKER).reports_of_all()
+    check_result(inputs, report, sft_losses, tmp_path / "got")
+
+
+def test_two_pods_publish_one_result(inputs: Bucket, tmp_path: Path, sft_losses: list[float | None]) -> None:
+    """Of two pods the first one publishes; the other says that it took part, and stores nothing."""
+    first, second = Pods(two_pods(sft_run(inputs)), tmp_path, WORKER).reports_of_all()
+    check_result(inputs, first, sft_losses, tmp_path / "got")
+    assert (second.exit_code, second.reason, second.stage, second.output) == (0, "TookPart", "Finished", None)
+    assert second.run_key == first.run_key
+    assert sum(key.endswith("run.json") for key in inputs.stored("out")) == 1
