@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tests.cluster import cgroups, debian, images, mounts, node, paths, processes, registry, s3
+from tests.cluster import cgroups, debian, dns, images, mounts, node, paths, processes, registry, s3
 from tests.cluster.certificates import Authority
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.network import Network, create
@@ -33,6 +33,7 @@ def start(folder: Path, programs: dict[str, Path]) -> tuple[ControlPlane, str, s
     one.start_containerd()
     authority = Authority(folder / "pki")
     plane.start(authority)
+    dns.start(programs["coredns"], folder, network.name, network.node, plane.kubeconfig)
     one.start(authority)
     server = s3.S3Server(f"http://{network.host}:{S3_PORT}")
     s3.wait_ready(server.endpoint, folder / "logs" / "s3.log", lambda: _runs("s3", folder))

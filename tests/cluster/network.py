@@ -35,7 +35,7 @@ class Network:
 
     @property
     def node(self) -> str:
-        """Address of the namespace's end: the API server and the kubelet."""
+        """Address of the namespace's end: the API server, the kubelet and the name server."""
         return f"10.77.{self.number}.2"
 
     @property

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from tests.cluster import cgroups, paths, processes
+from tests.cluster import cgroups, dns, paths, processes
 from tests.cluster.certificates import Authority
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.network import Network
@@ -149,8 +149,8 @@ class Node:
             "evictionHard": {"memory.available": "100Mi", "nodefs.available": "1%", "imagefs.available": "1%"},
             "imageGCHighThresholdPercent": 99,
             "imageGCLowThresholdPercent": 98,
-            "clusterDNS": ["10.96.0.10"],
-            "clusterDomain": "cluster.local",
+            "clusterDNS": [self.network.node],
+            "clusterDomain": dns.DOMAIN,
             "podLogsDir": str(self.folder / "pod-logs"),
             "volumePluginDir": str(root / "volume-plugins"),
             # The defaults of 5 and 10 requests a second would make a test of many pods a test of the kubelet.
