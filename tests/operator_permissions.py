@@ -18,6 +18,9 @@ EXPECTED: frozenset[tuple[str, str, str]] = frozenset(
         ("batch", "jobs", "delete"),
         ("", "pods", "list"),
         ("", "pods", "watch"),
+        ("", "services", "get"),
+        ("", "services", "create"),
+        ("", "services", "delete"),
         ("", "events", "create"),
     }
 )

@@ -93,6 +93,11 @@ class TrainRun(SpecModel):
         """Training processes of all pods together; each one takes `batch_size` rows at a time."""
         return self.nodes * self.processes
 
+    @property
+    def global_batch_size(self) -> int:
+        """Rows of an optimizer step."""
+        return self.hyperparameters.batch_size * self.hyperparameters.gradient_accumulation_steps * self.world_size
+
     def to_json(self) -> str:
         """Return the canonical document: sorted keys, no white space, unset fields left out."""
         return canonical_json(self.document())
@@ -117,6 +122,7 @@ def build_train_run(
     `model_construct` keeps a document of a local run, whose local paths were accepted when the spec was parsed.
     """
     timeouts = spec.retry.timeouts if spec.retry else None
+    resources = spec.resources or Resources()
     return TrainRun.model_construct(
         name=name,
         namespace=namespace,
@@ -136,7 +142,9 @@ def build_train_run(
         storage=storage,
         hub=resolve_hub(spec, hub or HubSettings()),
         hub_output=spec.output.hub,
-        gpus=(spec.resources or Resources()).gpus,
+        gpus=resources.gpus,
+        nodes=resources.nodes,
+        processes=resources.processes,
         stall_seconds=seconds_of(timeouts.stall) if timeouts and timeouts.stall else None,
         tracking=spec.tracking,
     )
@@ -181,6 +189,8 @@ _SHAPING_FIELDS = (
     "model", "dataset", "objective", "method", "lora", "quantization", "prefixTuning", "promptTuning", "ia3",
     "hyperparameters", "evaluation",
 )  # fmt: skip
+_SCALING_FIELDS = ("nodes", "processes")
+"""They shape the result by the global batch, and by which rows a process gets."""
 
 
 def run_key(
@@ -204,7 +214,9 @@ def run_key(
     document: dict[str, Any] = with_digests(run, artifact_digests).document()
     content = {
         "recipe": RECIPE_VERSION,
-        "run": {field: document[field] for field in _SHAPING_FIELDS if field in document},
+        "run": {field: document[field] for field in _SHAPING_FIELDS if field in document}
+        # Only above 1: results of runs in one process stay findable by their keys.
+        | {field: document[field] for field in _SCALING_FIELDS if document[field] > 1},
         "model": model_version,
         "data": dict(data_versions),
     }

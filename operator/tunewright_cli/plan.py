@@ -1,4 +1,4 @@
-"""`tunewright plan`: every default filled in, the number of steps, the Job that the operator would create."""
+"""`tunewright plan`: every default filled in, the number of steps, what the operator would create."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ _PARTS = {
     "hub": ("hub",),
 }
 _UNKNOWN_UNTIL_CREATED = "set-by-the-api-server"
+Manifest = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,11 @@ def run(file: str, wanted: str | None, output: str, *, endpoint: str | None, reg
         update={"namespace": job.metadata.namespace or "default", "uid": _UNKNOWN_UNTIL_CREATED}
     )
     job = job.model_copy(update={"metadata": metadata})
-    train_run, manifest = _render(job)
+    train_run, manifests = _render(job)
     rows = check_rows(train_run, storage_settings(train_run.storage, endpoint=endpoint, region=region))
-    grpo = train_run.objective.grpo
-    steps = steps_of(train_run.hyperparameters, rows.train, grpo.generations if grpo else None)
     settings = list(settings_of(job, train_run))
     if output == "text":
-        each = rows_per_step(train_run.hyperparameters, grpo.generations if grpo else 1)
-        _print(job, settings, rows, steps, each, manifest)
+        _print(job, train_run, settings, rows, manifests)
         return
     document = {
         "name": job.metadata.name,
@@ -73,26 +71,39 @@ def run(file: str, wanted: str | None, output: str, *, endpoint: str | None, reg
             "format": rows.format,
             "problem": rows.problem,
         },
-        "totalSteps": steps,
-        "job": manifest,
+        "scale": {
+            "nodes": train_run.nodes,
+            "processesPerNode": train_run.processes,
+            "globalBatchSize": train_run.global_batch_size,
+        },
+        "totalSteps": steps_of(train_run, rows.train),
+        "job": manifests.get("Job"),
+        "service": manifests.get("Service"),
     }
     text = json.dumps(document, indent=2) if output == "json" else yaml.safe_dump(document, sort_keys=False, width=110)
     typer.echo(text.rstrip("\n"))
 
 
-def _render(job: FineTuneJob) -> tuple[TrainRun, dict[str, Any] | None]:
+def _render(job: FineTuneJob) -> tuple[TrainRun, dict[str, Manifest]]:
+    """Return the run document of the first attempt, and what is created for it by kind, in the order of creation."""
     try:
         from tunewright_operator.errors import RunTooLarge
-        from tunewright_operator.plan import build_job, plan_run
+        from tunewright_operator.plan import build_job, build_service, plan_run
         from tunewright_operator.settings import Settings
     except ModuleNotFoundError as error:
         raise MissingPackage(f"plan needs {error.name}: pip install 'tunewright[cli,operator]'") from None
     settings = Settings()
+    train_run = plan_run(job, 1, 0, settings)
+    manifests: dict[str, Manifest] = {}
+    if _has_local_paths(job):
+        return train_run, manifests
+    if train_run.nodes > 1:
+        manifests["Service"] = build_service(job, 1)
     try:
-        manifest = None if _has_local_paths(job) else build_job(job, 1, 0, settings)
+        manifests["Job"] = build_job(job, 1, 0, settings)
     except RunTooLarge as error:
         raise InvalidFile(f"{job.metadata.name}: {error}") from None
-    return plan_run(job, 1, 0, settings), manifest
+    return train_run, manifests
 
 
 def _has_local_paths(job: FineTuneJob) -> bool:
@@ -126,11 +137,10 @@ def _origin(setting: Setting) -> str:
 
 def _print(
     job: FineTuneJob,
+    train_run: TrainRun,
     settings: list[Setting],
     rows: Rows,
-    steps: int | None,
-    rows_each: int,
-    manifest: dict[str, Any] | None,
+    manifests: Mapping[str, Manifest],
 ) -> None:
     console = Console(highlight=False)
     console.print(f"[bold]{job.metadata.name}[/]: {job.spec.method.type} of {job.spec.model.uri}\n")
@@ -142,12 +152,21 @@ def _print(
         table.add_row(setting.path, _shown(setting.value), _origin(setting), style=None if setting.given else "dim")
     console.print(table)
     console.print(f"\nData:  {_data(rows)}", markup=False)
-    console.print(f"Steps: {'unknown until the rows are counted' if steps is None else steps}, {rows_each} rows each")
-    if manifest is None:
+    steps = steps_of(train_run, rows.train)
+    each = rows_per_step(train_run)
+    console.print(f"Scale: {_scale(train_run)}")
+    console.print(f"Steps: {'unknown until the rows are counted' if steps is None else steps}, {each} rows each")
+    if not manifests:
         console.print("\nNo Job: local paths are only for `tunewright run`.")
         return
-    console.print("\nJob that the operator creates for the first attempt:\n")
-    typer.echo(yaml.safe_dump(manifest, sort_keys=False, width=110), nl=False)
+    console.print(f"\n{' and '.join(manifests)} that the operator creates for the first attempt:\n")
+    typer.echo(yaml.safe_dump_all(manifests.values(), sort_keys=False, width=110), nl=False)
+
+
+def _scale(run: TrainRun) -> str:
+    nodes = f"{run.nodes} nodes with" if run.nodes > 1 else "1 node with"
+    processes = f"{run.processes} processes" if run.processes > 1 else "1 process"
+    return f"{nodes} {processes}{' each' if run.nodes > 1 else ''}, global batch {run.global_batch_size}"
 
 
 def _shown(value: Any) -> str:

@@ -7,7 +7,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunewright_api.defaults import ResolvedHyperparameters
 from tunewright_api.run_config import StorageSettings, TrainRun
 from tunewright_api.v1alpha1.parts import Dataset
 from tunewright_cli.errors import CliError
@@ -73,25 +72,23 @@ def _fetch(dataset: Dataset, settings: StorageSettings, folder: Path) -> dict[st
     return paths
 
 
-def rows_per_step(hyperparameters: ResolvedHyperparameters, generations: int = 1) -> int:
-    """Return how many rows an optimizer step takes; `generations` counts the answers to each prompt."""
-    return hyperparameters.batch_size * hyperparameters.gradient_accumulation_steps // generations
+def rows_per_step(run: TrainRun) -> int:
+    """Return how many rows an optimizer step takes: prompts, where several answers to each are compared."""
+    grpo = run.objective.grpo
+    return run.global_batch_size // (grpo.generations if grpo is not None else 1)
 
 
-def steps_of(
-    hyperparameters: ResolvedHyperparameters, train_rows: int | None, generations: int | None = None
-) -> int | None:
+def steps_of(run: TrainRun, train_rows: int | None) -> int | None:
     """Return the number of optimizer steps, or None where it depends on rows that nobody counted.
 
-    The last micro-batch and the last accumulation of an epoch may be smaller; both still make a step. Where
-    `generations` answers to each prompt are compared, only whole steps count.
+    The last micro-batches and the last accumulation of an epoch may be smaller; they still make a step. Where several
+    answers to each prompt are compared, only whole steps count.
     """
-    if hyperparameters.max_steps is not None:
-        return hyperparameters.max_steps
-    if train_rows is None or hyperparameters.epochs is None or hyperparameters.packing:
+    given = run.hyperparameters
+    if given.max_steps is not None:
+        return given.max_steps
+    if train_rows is None or given.epochs is None or given.packing:
         return None
-    if generations is not None:
-        return math.ceil(hyperparameters.epochs * (train_rows // rows_per_step(hyperparameters, generations)))
-    batches = math.ceil(train_rows / hyperparameters.batch_size)
-    per_epoch = max(1, math.ceil(batches / hyperparameters.gradient_accumulation_steps))
-    return math.ceil(hyperparameters.epochs * per_epoch)
+    if run.objective.grpo is not None:
+        return math.ceil(given.epochs * (train_rows // rows_per_step(run)))
+    return math.ceil(given.epochs * max(1, math.ceil(train_rows / rows_per_step(run))))

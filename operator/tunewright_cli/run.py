@@ -19,7 +19,7 @@ from tunewright_api.exit_codes import ExitCode
 from tunewright_api.references import referred_jobs
 from tunewright_api.run_config import HubSettings, StorageSettings, TrainRun, build_train_run, resolve_storage
 from tunewright_api.run_report import Progress, RunReport
-from tunewright_api.v1alpha1.finetunejob import FineTuneJob
+from tunewright_api.v1alpha1.finetunejob import FineTuneJob, Resources
 from tunewright_cli.documents import load_one
 from tunewright_cli.errors import InvalidArgument
 from tunewright_cli.storage import storage_settings, trainer_errors
@@ -38,11 +38,12 @@ def run(
 
     Raises:
         InvalidFile: No valid FineTuneJob in the file.
-        InvalidArgument: Several, and none is chosen; or it refers to another FineTuneJob by name.
+        InvalidArgument: Several, and none is chosen; or it refers to another FineTuneJob by name, or wants nodes.
         MissingPackage: The trainer is not installed.
     """
     job = load_one(file, wanted, local=True)
     _refuse_names(job)
+    _refuse_nodes(job)
     storage = storage_settings(resolve_storage(job.spec, StorageSettings()), endpoint=endpoint, region=region)
     document = build_train_run(job.spec, name=job.metadata.name, namespace=LOCAL_NAMESPACE, attempt=1, storage=storage)
     # Here the token is that of HF_TOKEN or of `hf auth login`, so messages must not speak of a Secret.
@@ -61,9 +62,19 @@ def run(
 def _refuse_names(job: FineTuneJob) -> None:
     for name in referred_jobs(job.spec):
         raise InvalidArgument(
-            f"{job.metadata.name} refers to FineTuneJob {name!r} by name, which a local run cannot look up: give its"
-            "  result as uri instead of fineTuneJob; "
+            f"{job.metadata.name} refers to FineTuneJob {name!r} by name, which a local run cannot look up: give its "
+            "result as uri instead of fineTuneJob; "
             f"`kubectl get ftj {name} -o jsonpath='{{.status.output.manifestUri}}'` prints it"
+        )
+
+
+def _refuse_nodes(job: FineTuneJob) -> None:
+    nodes = (job.spec.resources or Resources()).nodes
+    if nodes > 1:
+        raise InvalidArgument(
+            f"{job.metadata.name} trains on {nodes} nodes, and a local run has only this machine: set resources.nodes "
+            "to 1 (for the same global batch, multiply hyperparameters.gradientAccumulationSteps by "
+            f"{nodes}), or apply it to a cluster"
         )
 
 

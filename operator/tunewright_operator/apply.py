@@ -6,18 +6,18 @@ from typing import Any
 
 from tunewright_api.v1alpha1.finetunejob import FineTuneJob
 from tunewright_api.v1alpha1.status import FineTuneJobStatus
-from tunewright_operator import kube, metrics, naming
+from tunewright_operator import kube, metrics
 from tunewright_operator.errors import Conflict, Forbidden, Invalid, NotFound, RunTooLarge
-from tunewright_operator.kube import Kube
-from tunewright_operator.observed import ObservedJob, Refusal, parse_job
-from tunewright_operator.plan import build_job
+from tunewright_operator.kube import Document, Kube, Resource
+from tunewright_operator.observed import ObservedJob, Refusal, parse_job, parse_owner
+from tunewright_operator.plan import build_job, build_service
 from tunewright_operator.settings import Settings
 from tunewright_operator.status import CreateJob, DeleteJobs
 from tunewright_operator.store import Key, Store
 
 
 class Applier:
-    """Creates and deletes Jobs, writes statuses and events."""
+    """Creates and deletes Jobs and their Services, writes statuses."""
 
     def __init__(self, api: Kube, store: Store, settings: Settings) -> None:
         self._api = api
@@ -25,52 +25,64 @@ class Applier:
         self._settings = settings
 
     async def create_job(self, job: FineTuneJob, action: CreateJob) -> ObservedJob | Refusal:
-        """Create the Job of an attempt, or find the one that is there already."""
-        namespace, name = _place(job)
-        job_name = naming.job_name(name, action.attempt)
+        """Create the Job of an attempt, after the Service of several pods, or find what is there already."""
         try:
             manifest = build_job(job, action.attempt, action.halvings, self._settings)
-            created = await self._api.create(kube.JOBS, namespace, manifest)
-        except Conflict as error:
-            if error.reason == "AlreadyExists":
-                return await self._existing(job, namespace, job_name)
-            raise
         except RunTooLarge as error:
             return Refusal("Invalid", str(error))
-        except Forbidden as error:
-            metrics.CHILD_CREATE_ERRORS.labels("Forbidden").inc()
-            return Refusal("Forbidden", f"the API server refused Job {job_name}: {error.message}")
-        except Invalid as error:
-            metrics.CHILD_CREATE_ERRORS.labels("Invalid").inc()
-            return Refusal("Invalid", f"the API server refused Job {job_name}: {error.message}")
+        if manifest["spec"]["completions"] > 1:
+            service = await self._create(kube.SERVICES, job, build_service(job, action.attempt))
+            if isinstance(service, Refusal):
+                return service
+        created = await self._create(kube.JOBS, job, manifest)
+        if isinstance(created, Refusal):
+            return created
         self._store.put_job(created)
         return parse_job(created)
 
-    async def _existing(self, job: FineTuneJob, namespace: str, job_name: str) -> ObservedJob | Refusal:
-        """Judge the object that has the Job's name: ours, a predecessor's that is being removed, or a stranger's."""
+    async def _create(self, resource: Resource, job: FineTuneJob, manifest: Document) -> Document | Refusal:
+        kind, name = manifest["kind"], manifest["metadata"]["name"]
         try:
-            raw = await self._api.get(kube.JOBS, namespace, job_name)
+            answer = await self._api.create(resource, manifest["metadata"]["namespace"], manifest)
+        except Conflict as error:
+            if error.reason == "AlreadyExists":
+                return await self._existing(resource, job, manifest)
+            raise
+        except Forbidden as error:
+            metrics.CHILD_CREATE_ERRORS.labels("Forbidden").inc()
+            return Refusal("Forbidden", f"the API server refused {kind} {name}: {error.message}")
+        except Invalid as error:
+            metrics.CHILD_CREATE_ERRORS.labels("Invalid").inc()
+            return Refusal("Invalid", f"the API server refused {kind} {name}: {error.message}")
+        return {**manifest, "metadata": answer["metadata"]}
+
+    async def _existing(self, resource: Resource, job: FineTuneJob, manifest: Document) -> Document | Refusal:
+        """Judge the object that has the name: ours, a predecessor's that is being removed, or a stranger's."""
+        kind, name = manifest["kind"], manifest["metadata"]["name"]
+        try:
+            raw = await self._api.get(resource, manifest["metadata"]["namespace"], name)
         except NotFound:
-            return Refusal("Predecessor", f"Job {job_name} was there and has just gone")
-        found = parse_job(raw)
-        if found.owner_uid == job.metadata.uid:
-            self._store.put_job(raw)
-            return found
+            return Refusal("Predecessor", f"{kind} {name} was there and has just gone")
+        owner = parse_owner(raw)
+        if owner.uid == job.metadata.uid:
+            return raw
         metrics.CHILD_CREATE_ERRORS.labels("AlreadyExists").inc()
-        if found.deleting or found.owned_by_finetunejob == job.metadata.name:
-            return Refusal("Predecessor", f"waiting until Job {job_name} of an earlier FineTuneJob is removed")
+        if owner.deleting or owner.finetunejob == job.metadata.name:
+            return Refusal("Predecessor", f"waiting until {kind} {name} of an earlier FineTuneJob is removed")
         return Refusal(
             "Foreign",
-            f"Job {job_name} exists and belongs to somebody else: remove it, or rename the FineTuneJob",
+            f"{kind} {name} exists and belongs to somebody else: remove it, or rename the FineTuneJob",
         )
 
     async def delete_jobs(self, key: Key, action: DeleteJobs) -> None:
         """Delete Jobs and, in the background, their pods."""
-        for name in action.names:
-            try:
-                await self._api.delete(kube.JOBS, key.namespace, name)
-            except NotFound:
-                continue
+        # The Services first: who dies in between finds the Jobs, and with them the names of the Services.
+        for resource, names in ((kube.SERVICES, action.services), (kube.JOBS, action.names)):
+            for name in names:
+                try:
+                    await self._api.delete(resource, key.namespace, name)
+                except NotFound:
+                    continue
 
     async def write_status(self, key: Key, document: dict[str, Any], status: FineTuneJobStatus) -> bool:
         """Write what has changed, against the version it was decided from; return whether there was anything.
@@ -105,8 +117,3 @@ def _replaced(old: object, new: object) -> object:
     if isinstance(old, dict) and isinstance(new, dict):
         return {**{key: None for key in old if key not in new}, **new}
     return new
-
-
-def _place(job: FineTuneJob) -> tuple[str, str]:
-    assert job.metadata.namespace is not None, "the API server sets it"
-    return job.metadata.namespace, job.metadata.name

@@ -21,8 +21,12 @@ LABEL_STAGE: Final = f"{GROUP}/stage"
 STAGE_TRAIN: Final = "train"
 """The stage that trains; part of Job names."""
 
+LABEL_UID: Final = f"{GROUP}/uid"
+"""On the pods of several nodes: UID of the FineTuneJob. The Service selects by it, so that pods of an earlier
+FineTuneJob of the same name, which are still ending, are not found under the new ones' names."""
+
 LABEL_MANAGED_BY: Final = "app.kubernetes.io/managed-by"
-"""On Jobs and pods: the customary label for the tool that made them."""
+"""On Jobs, Services and pods: the customary label for the tool that made them."""
 
 CONTAINER_NAME: Final = "trainer"
 """The one container of a training pod."""
@@ -32,6 +36,21 @@ PROGRESS_PORT: Final = 8080
 
 PROGRESS_PORT_NAME: Final = "http"
 """Name of that port, for PodMonitors."""
+
+ANNOTATION_INDEX: Final = "batch.kubernetes.io/job-completion-index"
+"""On the pods of an Indexed Job, by Kubernetes: the node rank."""
+
+ENV_NODE_RANK: Final = "PET_NODE_RANK"
+"""Which of the nodes a pod is; torchrun's own name, as the two below."""
+
+ENV_MASTER_ADDRESS: Final = "PET_MASTER_ADDR"
+"""Host name of the pod of node 0."""
+
+ENV_MASTER_PORT: Final = "PET_MASTER_PORT"
+"""Where that pod's training process waits for the others."""
+
+MASTER_PORT: Final = 29500
+"""torchrun's own default."""
 
 TRACKING_KEYS: Final = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 """Keys of the Secret in `tracking.mlflow.secretName`, each one an environment variable of the pod."""

@@ -29,6 +29,7 @@ _PAGE = 200
 FINETUNEJOBS = "apis/tunewright.dev/v1alpha1", "finetunejobs"
 JOBS = "apis/batch/v1", "jobs"
 PODS = "api/v1", "pods"
+SERVICES = "api/v1", "services"
 EVENTS = "api/v1", "events"
 
 Resource = tuple[str, str]

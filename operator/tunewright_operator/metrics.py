@@ -41,7 +41,7 @@ TRANSITIONS: Final = Counter(
 )
 QUEUE_WAIT_SECONDS: Final = Histogram(
     "tunewright_queue_wait_seconds",
-    "From the creation of an attempt's Job to the start of its pod.",
+    "From the creation of an attempt's Job to the start of its last pod.",
     buckets=_HOURS_BUCKETS,
     registry=REGISTRY,
 )
@@ -54,7 +54,7 @@ RUN_DURATION_SECONDS: Final = Histogram(
 )
 CHILD_CREATE_ERRORS: Final = Counter(
     "tunewright_child_create_errors",
-    "Jobs that the API server refused, by its reason.",
+    "Jobs and Services that the API server refused, by its reason.",
     ["reason"],
     registry=REGISTRY,
 )

@@ -8,6 +8,15 @@ from tunewright_operator.constants import STAGE_TRAIN
 def job_name(finetunejob: str, attempt: int) -> str:
     """Return the name of an attempt's Job, such as `support-bot-train-2`.
 
-    At most 45 + 7 + 3 characters: the pod's suffix of six fits the 63 of a host name.
+    At most 45 + 7 + 3 characters: the pod's suffix of six, or `-63` of the last of 64 nodes, fits the 63 of a host
+    name.
     """
     return f"{finetunejob}-{STAGE_TRAIN}-{attempt}"
+
+
+def service_name(job: str) -> str:
+    """Return the name of the Service by which the pods of a Job find each other, such as `ftj-support-bot-train-2`.
+
+    A Service's name begins with a letter, which a FineTuneJob's need not.
+    """
+    return f"ftj-{job}"

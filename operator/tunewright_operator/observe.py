@@ -83,8 +83,13 @@ class Observer:
             waiting = status.next_attempt_time is not None and parse_time(status.next_attempt_time) > now
             earlier = await self._earlier_pods(key, now) if attempt > 1 and not gone and not waiting else ()
             return ObservedRun(job_gone=gone, earlier_pods=earlier, jobs=jobs)
-        pod = await self._pod(key, entry, job)
-        return ObservedRun(job=job, pod=pod, jobs=jobs, progress=await self._progress(entry, pod))
+        pods = await self._pods(key, entry, job)
+        first = pods.pop(0, None)
+        followers = tuple(pods[index] for index in sorted(pods))
+        # The first one speaks for all, once all are there.
+        complete = len(followers) == job.completions - 1 and all(pod.ready for pod in followers)
+        progress = await self._progress(entry, first) if complete else None
+        return ObservedRun(job=job, pod=first, followers=followers, jobs=jobs, progress=progress)
 
     async def references(
         self, key: Key, spec: FineTuneJobSpec, status: FineTuneJobStatus
@@ -133,11 +138,11 @@ class Observer:
         job = parse_job(raw)
         return job if job.owner_uid == uid else None
 
-    async def _pod(self, key: Key, entry: Entry, job: ObservedJob) -> ObservedPod | None:
-        """Return the Job's newest pod; of a Job that has ended, only one that has ended too."""
-        pod = _newest(entry.pods.values(), job)
-        if job.finished is None or (pod is not None and pod.terminal):
-            return pod
+    async def _pods(self, key: Key, entry: Entry, job: ObservedJob) -> dict[int, ObservedPod]:
+        """Return the Job's newest pods by node; of a Job that has ended, only such as have ended too."""
+        found = _newest(entry.pods.values(), job)
+        if job.finished is None or (len(found) == job.completions and all(pod.terminal for pod in found.values())):
+            return found
         # The two watches run side by side: the Job's end may come before its pod's.
         # What is running in the store but not in the list is gone, and its last words with it.
         pods = [pod for pod in entry.pods.values() if pod.terminal]
@@ -193,6 +198,7 @@ async def _bounded(response: aiohttp.ClientResponse) -> bytes | None:
     return bytes(chunks)
 
 
-def _newest(pods: Iterable[ObservedPod], job: ObservedJob) -> ObservedPod | None:
-    own = [pod for pod in pods if pod.job_uid == job.uid]
-    return max(own, key=lambda pod: (pod.created, pod.name), default=None)
+def _newest(pods: Iterable[ObservedPod], job: ObservedJob) -> dict[int, ObservedPod]:
+    """Return the newest pod of each node of a Job; the numbers of a Job with one pod are not looked at."""
+    own = sorted((pod for pod in pods if pod.job_uid == job.uid), key=lambda pod: (pod.created, pod.name))
+    return {pod.index if job.completions > 1 else 0: pod for pod in own}

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from tunewright_api.run_report import MAX_REPORT_BYTES, Progress, RunReport
 from tunewright_api.v1alpha1.finetunejob import KIND
-from tunewright_operator.constants import CONTAINER_NAME, LABEL_ATTEMPT
+from tunewright_operator.constants import ANNOTATION_INDEX, CONTAINER_NAME, LABEL_ATTEMPT
 
 Raw = Mapping[str, Any]
 
@@ -33,6 +33,18 @@ _CONFIG_PROBLEMS = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
+class Owner:
+    """Whose an object is."""
+
+    uid: str | None
+    """UID of the controller, whatever its kind."""
+    finetunejob: str | None
+    """Name of the controller where it is a FineTuneJob."""
+    deleting: bool
+    """Whether the object is being removed."""
+
+
+@dataclass(frozen=True, slots=True)
 class ObservedJob:
     """One Job of a FineTuneJob."""
 
@@ -40,9 +52,9 @@ class ObservedJob:
     uid: str
     owner_uid: str | None
     """UID of the controller, whatever its kind."""
-    owned_by_finetunejob: str | None
-    """Name of the controller where it is a FineTuneJob."""
     created: str
+    completions: int = 1
+    """Pods that the Job runs at once."""
     deleting: bool = False
     finished: Literal["Complete", "Failed"] | None = None
     message: str = ""
@@ -58,6 +70,8 @@ class ObservedPod:
     attempt: int
     phase: str
     created: str
+    index: int = 0
+    """Which pod of its Job it is: the node rank."""
     node: str | None = None
     ip: str | None = None
     scheduled_at: str | None = None
@@ -79,6 +93,8 @@ class ObservedPod:
     status_message: str = ""
     deletion_time: str | None = None
     """When the pod should be gone."""
+    deletion_grace: int = 0
+    """Seconds that it was given for that."""
     gone: bool = False
     """The object was deleted; this was its last state."""
 
@@ -88,9 +104,19 @@ class ObservedPod:
         return self.gone or self.phase in ("Succeeded", "Failed")
 
     @property
+    def ended(self) -> bool:
+        """Whether its container has ended, or the pod as a whole."""
+        return self.terminal or self.exit_code is not None
+
+    @property
+    def ready(self) -> bool:
+        """Whether it does its part: its container runs, or has ended well."""
+        return self.exit_code == 0 or (self.running and not self.terminal)
+
+    @property
     def fresh(self) -> bool:
         """Whether nothing has happened to it since it was created."""
-        return self == ObservedPod(self.name, self.uid, self.job_uid, self.attempt, "Pending", self.created)
+        return self == ObservedPod(self.name, self.uid, self.job_uid, self.attempt, "Pending", self.created, self.index)
 
     @property
     def image_problem(self) -> bool:
@@ -133,7 +159,9 @@ class ObservedRun:
     job_gone: bool = False
     """A live read said that the Job of the current attempt is not there."""
     pod: ObservedPod | None = None
-    """Newest pod of the current attempt."""
+    """Newest pod of the current attempt; of several, that of node 0, which speaks for all."""
+    followers: tuple[ObservedPod, ...] = ()
+    """Newest pods of the further nodes, in their order."""
     earlier_pods: tuple[str, ...] = ()
     """Pods of earlier attempts that may still run, from a live list."""
     jobs: tuple[str, ...] = ()
@@ -144,16 +172,28 @@ class ObservedRun:
     references: tuple[ObservedReference, ...] = ()
     """FineTuneJobs whose results are needed and not in the status yet."""
 
+    @property
+    def pods(self) -> tuple[ObservedPod, ...]:
+        """Newest pods of the current attempt, in the order of the nodes."""
+        return self.followers if self.pod is None else (self.pod, *self.followers)
+
 
 def parse_time(text: str) -> datetime.datetime:
     """Return an RFC 3339 time as Kubernetes writes it."""
     return datetime.datetime.fromisoformat(text)
 
 
+def parse_owner(raw: Raw) -> Owner:
+    """Parse whose an object of any kind is."""
+    metadata = raw["metadata"]
+    owner: Raw = next((o for o in metadata.get("ownerReferences", ()) if o.get("controller")), {})
+    name = owner["name"] if owner.get("kind") == KIND else None
+    return Owner(owner.get("uid"), name, "deletionTimestamp" in metadata)
+
+
 def parse_job(raw: Raw) -> ObservedJob:
     """Parse a batch/v1 Job."""
-    metadata = raw["metadata"]
-    owner = next((o for o in metadata.get("ownerReferences", ()) if o.get("controller")), None)
+    metadata, owner = raw["metadata"], parse_owner(raw)
     finished = next(
         (
             c
@@ -165,10 +205,11 @@ def parse_job(raw: Raw) -> ObservedJob:
     return ObservedJob(
         name=metadata["name"],
         uid=metadata["uid"],
-        owner_uid=owner["uid"] if owner else None,
-        owned_by_finetunejob=owner["name"] if owner and owner["kind"] == KIND else None,
+        owner_uid=owner.uid,
         created=metadata["creationTimestamp"],
-        deleting="deletionTimestamp" in metadata,
+        # A stranger's Job of our name may have none.
+        completions=raw.get("spec", {}).get("completions", 1),
+        deleting=owner.deleting,
         finished=finished["type"] if finished else None,
         message=finished.get("message", "") if finished else "",
     )
@@ -177,7 +218,6 @@ def parse_job(raw: Raw) -> ObservedJob:
 def parse_pod(raw: Raw, *, gone: bool = False) -> ObservedPod:
     """Parse a pod. `gone`: it was deleted and this is its last state."""
     metadata, status = raw["metadata"], raw.get("status", {})
-    owner = next((o for o in metadata.get("ownerReferences", ()) if o.get("controller")), None)
     conditions = {c["type"]: c for c in status.get("conditions", ())}
     scheduled = conditions.get("PodScheduled", {})
     disruption = conditions.get("DisruptionTarget", {})
@@ -188,10 +228,11 @@ def parse_pod(raw: Raw, *, gone: bool = False) -> ObservedPod:
     return ObservedPod(
         name=metadata["name"],
         uid=metadata["uid"],
-        job_uid=owner["uid"] if owner else None,
-        attempt=_attempt(metadata),
+        job_uid=parse_owner(raw).uid,
+        attempt=_number(metadata.get("labels", {}).get(LABEL_ATTEMPT, "")),
         phase=status.get("phase", "Pending"),
         created=metadata["creationTimestamp"],
+        index=_number(metadata.get("annotations", {}).get(ANNOTATION_INDEX, "")),
         node=raw.get("spec", {}).get("nodeName"),
         ip=status.get("podIP"),
         scheduled_at=scheduled.get("lastTransitionTime") if scheduled.get("status") == "True" else None,
@@ -209,14 +250,14 @@ def parse_pod(raw: Raw, *, gone: bool = False) -> ObservedPod:
         status_reason=status.get("reason"),
         status_message=status.get("message", ""),
         deletion_time=metadata.get("deletionTimestamp"),
+        deletion_grace=metadata.get("deletionGracePeriodSeconds") or 0,
         gone=gone,
     )
 
 
-def _attempt(metadata: Raw) -> int:
-    # The label is ours, but whoever may edit pods may edit it.
-    text = metadata.get("labels", {}).get(LABEL_ATTEMPT, "")
-    return int(text) if text.isdecimal() else 0
+def _number(text: str) -> int:
+    """Return the number in a label or annotation: whoever may edit pods may edit it, and then it is 0."""
+    return int(text) if text.isdecimal() and len(text) < 10 else 0
 
 
 def _unschedulable(condition: Raw) -> str | None:

@@ -140,8 +140,9 @@ def _measure(old: FineTuneJobStatus, new: FineTuneJobStatus, seen: ObservedRun) 
     started = is_true(new.conditions, ConditionType.PODS_READY) and not is_true(
         old.conditions, ConditionType.PODS_READY
     )
-    if started and seen.job is not None and seen.pod is not None and seen.pod.started_at is not None:
-        waited = parse_time(seen.pod.started_at) - parse_time(seen.job.created)
+    starts = [parse_time(pod.started_at) for pod in seen.pods if pod.started_at is not None]
+    if started and seen.job is not None and starts:
+        waited = max(starts) - parse_time(seen.job.created)
         metrics.QUEUE_WAIT_SECONDS.observe(max(0.0, waited.total_seconds()))
     if is_finished(new) and not is_finished(old) and new.start_time and new.completion_time:
         took = parse_time(new.completion_time) - parse_time(new.start_time)

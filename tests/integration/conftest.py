@@ -149,24 +149,39 @@ class Api:
             raise AssertionError(f"{error}; status: {json.dumps(self.status(name), indent=1)}") from None
         return self.status(name)
 
-    def pod(self, name: str, attempt: int = 1) -> Document:
-        """Wait for the pod of an attempt."""
+    def pod(self, name: str, attempt: int = 1, node: int | None = None) -> Document:
+        """Wait for the pod of an attempt, or of one of its nodes."""
         selector = f"tunewright.dev/finetunejob={name},tunewright.dev/attempt={attempt}"
+        if node is not None:
+            selector += f",batch.kubernetes.io/job-completion-index={node}"
         found: Document = wait(lambda: self.items("pods", selector), f"pod of {name}, attempt {attempt}")[0]
         return found
+
+    def bind(self, pod: Document) -> None:
+        """Give a pod a node, which does not exist: once deleted, it waits for a kubelet like any pod that runs."""
+        binding = {"metadata": {"name": pod["metadata"]["name"]}, "target": {"kind": "Node", "name": "node1"}}
+        self.call("POST", f"{self.path('pods', pod['metadata']['name'])}/binding", binding)
 
     def play_kubelet(self, pod: Document, **status: Any) -> None:
         """Report a pod's state as a kubelet would."""
         self.patch("pods", pod["metadata"]["name"], {"status": status}, "status")
 
-    def end_pod(self, pod: Document, exit_code: int, message: str = "", ended_as: str = "Error", **status: Any) -> None:
+    def end_pod(
+        self,
+        pod: Document,
+        exit_code: int,
+        message: str = "",
+        ended_as: str = "Error",
+        at: str = "2026-01-01T00:01:00Z",
+        **status: Any,
+    ) -> None:
         """Report the end of a pod's container; `status` is the pod's own."""
         ended = {
             "exitCode": exit_code,
             "reason": ended_as,
             "message": message,
             "startedAt": "2026-01-01T00:00:00Z",
-            "finishedAt": "2026-01-01T00:01:00Z",
+            "finishedAt": at,
         }
         phase = "Failed" if exit_code else "Succeeded"
         self.play_kubelet(pod, phase=phase, containerStatuses=[container(terminated=ended)], **status)

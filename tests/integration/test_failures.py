@@ -221,9 +221,7 @@ def test_node_that_does_not_answer(api: Api, operator: Operator) -> None:
     """A deleted pod whose node never confirms is given up after the grace period; a new attempt starts."""
     api.create(finetunejob("bot"))
     pod = api.pod("bot")
-    # A pod without a node is removed at once; one on a node waits for its kubelet, which does not exist here.
-    binding = {"metadata": {"name": pod["metadata"]["name"]}, "target": {"kind": "Node", "name": "node1"}}
-    api.call("POST", f"{api.path('pods', pod['metadata']['name'])}/binding", binding)
+    api.bind(pod)
     api.play_kubelet(pod, phase="Running", containerStatuses=[container(running={"startedAt": TIME})])
     api.until("bot", lambda s: s.get("phase") == "Running")
     api.delete("pods", pod["metadata"]["name"], gracePeriodSeconds=1)

@@ -26,8 +26,17 @@ def used(api: Api, operator: Operator, proxy: Proxy) -> set[tuple[str, str, str]
     api.until("stopped", lambda s: s.get("jobRef"))
     api.patch("finetunejobs", "stopped", {"spec": {"suspend": True}})
     wait(lambda: api.get("jobs", "stopped-train-1") is None, "removal of the Job")
-    api.delete("finetunejobs", "bot")
-    api.delete("finetunejobs", "stopped")
+    # Several pods have a Service; one that is there already is looked at.
+    several = {"resources": {"nodes": 2}}
+    api.call("POST", api.path("services"), {"metadata": {"name": "ftj-taken-train-1"}, "spec": {"clusterIP": "None"}})
+    api.create(finetunejob("taken", **several))
+    api.until("taken", lambda s: s.get("phase") == "Failed")
+    api.create(finetunejob("pair", **several))
+    api.until("pair", lambda s: s.get("jobRef"))
+    api.patch("finetunejobs", "pair", {"spec": {"suspend": True}})
+    wait(lambda: api.get("services", "ftj-pair-train-1") is None, "removal of the Service")
+    for name in ("bot", "stopped", "taken", "pair"):
+        api.delete("finetunejobs", name)
     wait(lambda: not api.items("finetunejobs"), "removal of the FineTuneJobs")
     wait(lambda: set(proxy.count()) >= EXPECTED, f"use of {EXPECTED - set(proxy.count())}")
     return set(proxy.count())

@@ -12,6 +12,7 @@ PPO_BLOCK = "objective.ppo belongs to objective.type PPO"
 PPO_FORMAT = "objective PPO learns from rows of format"
 PPO_METHOD = "objective PPO is only for method.type LoRA and QLoRA"
 PPO_DROPOUT = "objective PPO trains without dropout"
+PPO_PROCESSES = "objective PPO trains in one process"
 PPO_BIAS = "lora.bias is not for DPO, KTO, GRPO, PPO"
 MINI_BATCHES = "objective PPO splits its rollouts into equal parts"
 PPO_LENGTHS = "ppo.maxPromptLength and ppo.maxCompletionLength (default 256) must fit together"
@@ -98,6 +99,11 @@ PPO_RULES = (
     Case("PPO with dropout", False, {**ppo(), "method": {"type": "LoRA", "lora": {"dropout": 0.1}}}, PPO_DROPOUT),
     Case("PPO without biases", True, {**ppo(), "method": {"type": "LoRA", "lora": {"bias": "None"}}}, PPO_BIAS),
     Case("PPO with biases", False, {**ppo(), "method": {"type": "LoRA", "lora": {"bias": "All"}}}, PPO_BIAS),
+    Case("PPO on one CPU", True, {**ppo(), "resources": {"nodes": 1, "gpus": 0}}, PPO_PROCESSES),
+    Case("PPO on one GPU by default", True, {**ppo(), "resources": {"cpu": 4}}, PPO_PROCESSES),
+    Case("PPO on two GPUs", False, {**ppo(), "resources": {"gpus": 2}}, PPO_PROCESSES),
+    Case("PPO on two CPUs", False, {**ppo(), "resources": {"nodes": 2, "gpus": 0}}, PPO_PROCESSES),
+    Case("GRPO on two nodes with two GPUs", True, {**grpo(), "resources": {"nodes": 2, "gpus": 2}}, PPO_PROCESSES),
     Case("8 mini-batches of 2", True, ppo(miniBatches=8), MINI_BATCHES),
     Case("mini-batches of 5 1/3", False, ppo(miniBatches=3), MINI_BATCHES),
     Case("3 mini-batches of 4", True, {**ppo(miniBatches=3), "hyperparameters": {"batchSize": 3}}, MINI_BATCHES),

@@ -23,7 +23,7 @@ RUNNABLE = [name for name in EXAMPLES if name not in ("secret", "quickstart-gpu"
 
 
 def task_of(name: str, model: Path, folder: Path, **hyperparameters: Any) -> WorkerTask:
-    """Return an example as a task for the worker, its rows checked and normalised as the supervisor does."""
+    """Return an example as a task for one worker, its rows checked and normalised as the supervisor does."""
     document = copy.deepcopy(yaml.safe_load(EXAMPLES[name].read_text()))
     given = document["spec"]["hyperparameters"]
     # PyYAML reads 1e-3 as text.
@@ -31,6 +31,7 @@ def task_of(name: str, model: Path, folder: Path, **hyperparameters: Any) -> Wor
     run = build_train_run(
         parse_finetunejob(document).spec, name=name, namespace="n", attempt=1, storage=StorageSettings()
     )
+    run = run.model_copy(update={"nodes": 1})
     files = example_data()
     sources = [*run.dataset.train, *(run.dataset.validation or [])]
     paths = {source.address: files[f"docstrings/{source.uri.rpartition('/')[2]}"] for source in sources}

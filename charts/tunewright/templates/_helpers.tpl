@@ -55,6 +55,10 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 - apiGroups: [""]
   resources: [pods]
   verbs: [list, watch]
+# Headless ones, by which the pods of a FineTuneJob with several nodes find each other.
+- apiGroups: [""]
+  resources: [services]
+  verbs: [get, create, delete]
 - apiGroups: [""]
   resources: [events]
   verbs: [create]

@@ -65,9 +65,14 @@ class Output(SpecModel):
 
 
 class Resources(SpecModel):
-    """What the training pod asks for."""
+    """What a training pod asks for, and how many of them train together."""
 
-    gpus: int = Field(default=1, ge=0, le=1, description="GPUs; 0 trains on the CPU.")
+    nodes: int = Field(
+        default=1, ge=1, le=64, description="Pods that train together, each of which gets all that is asked for here."
+    )
+    gpus: int = Field(
+        default=1, ge=0, le=16, description="GPUs of each pod, one training process on each; 0 trains on the CPU."
+    )
     gpu_resource: Annotated[str, Field(pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$", max_length=253)] = Field(
         default="nvidia.com/gpu", description="Name of the GPU resource on the nodes."
     )
@@ -80,11 +85,16 @@ class Resources(SpecModel):
         default=None, description="Size of /dev/shm; counts as memory. Default: the platform's."
     )
 
+    @property
+    def processes(self) -> int:
+        """Training processes of each pod."""
+        return max(1, self.gpus)
+
 
 class Timeouts(SpecModel):
     """Time limits; left out means none."""
 
-    queue: Duration | None = Field(default=None, description="Longest wait for the pod of an attempt to start.")
+    queue: Duration | None = Field(default=None, description="Longest wait for all pods of an attempt to start.")
     run: Duration | None = Field(
         default=None, description="Longest time from the first start to the end, all attempts counted in."
     )
@@ -131,8 +141,10 @@ class FineTuneJobSpec(SpecModel):
     output: Output
     storage: StorageRef | None = Field(default=None, description="The S3 service and its credentials.")
     hub: HubRef | None = Field(default=None, description="The Hugging Face Hub and its token.")
-    resources: Resources | None = Field(default=None, description="What the pod asks for. Default: one GPU.")
-    pod: Pod | None = Field(default=None, description="Placement and identity of the pod.")
+    resources: Resources | None = Field(
+        default=None, description="What each pod asks for. Default: one pod with one GPU."
+    )
+    pod: Pod | None = Field(default=None, description="Placement and identity of the pods.")
     tracking: Tracking | None = Field(default=None, description="TensorBoard files and MLflow.")
     retry: Retry | None = Field(default=None, description="Restarts and time limits. Mutable.")
     ttl_after_finished: Duration | None = Field(

@@ -213,10 +213,10 @@ class Hyperparameters(SpecModel):
         default=None, description="Share of the steps in which the learning rate rises from zero."
     )
     batch_size: Annotated[int, Field(ge=1, le=4096)] | None = Field(
-        default=None, description="Rows per device in one forward pass (micro-batch)."
+        default=None, description="Rows that each process takes in one forward pass (micro-batch)."
     )
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=4096)] | None = Field(
-        default=None, description="Micro-batches per optimizer step."
+        default=None, description="Micro-batches of each process per optimizer step."
     )
     max_sequence_length: Annotated[int, Field(ge=8, le=1_048_576)] | None = Field(
         default=None, description="Tokens per row; longer rows are cut at the end."

@@ -63,7 +63,7 @@ class NodeAffinity(SpecModel):
 
 
 class Affinity(SpecModel):
-    """Node affinity. A training pod runs alone, so there is nothing to be near to or away from."""
+    """Node affinity; affinity between pods is not offered."""
 
     node_affinity: NodeAffinity | None = None
 

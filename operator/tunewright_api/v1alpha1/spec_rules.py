@@ -140,6 +140,15 @@ _PPO_RULES = (
         "objective PPO trains without dropout, which would change likelihoods that it compares: remove lora.dropout",
         lambda s: type_of(s.objective) != "PPO" or s.method.lora is None or not s.method.lora.dropout,
     ),
+    Rule(
+        f"{_OBJECTIVE} != 'PPO' || !has(self.resources) || "
+        "((!has(self.resources.gpus) || self.resources.gpus <= 1) && "
+        "(!has(self.resources.nodes) || self.resources.nodes == 1))",
+        "objective PPO trains in one process: set resources.gpus to 0 or 1 and resources.nodes to 1",
+        lambda s: (
+            type_of(s.objective) != "PPO" or s.resources is None or s.resources.nodes * s.resources.processes == 1
+        ),
+    ),
 )
 
 SPEC_RULES: tuple[Rule, ...] = (

@@ -32,9 +32,9 @@ _EVERY_STEP = "every step is reported"
 _HARDWARE = "set by the platform"
 _TRACKING = "there is no experiment tracking: progress is in status, metrics are in the published run"
 _HUB = "results are published to output.uri, not to the Hub"
-_ONE_GPU = (
-    "a job trains on one GPU: with N GPUs in Axolotl, multiply hyperparameters.gradientAccumulationSteps by N for the "
-    "same global batch"
+_PARALLEL = (
+    "set resources.gpus (of each pod) and resources.nodes (pods): each GPU holds the whole model, and the global batch "
+    "counts them as in Axolotl"
 )
 _CHECKPOINTS = "only the final result is published"
 _RATES = "all weights have one learning rate"
@@ -135,16 +135,16 @@ CONFIG = Unmapped(
         "auto_resume_from_checkpoints": "a run starts from the model",
         "early_stopping_patience": "a run goes on to its last step",
         "loss_watchdog_*": "a run whose loss grows goes on to its last step",
-        "deepspeed": _ONE_GPU,
-        "fsdp*": _ONE_GPU,
-        "qlora_sharded_model_loading": _ONE_GPU,
-        "tensor_parallel_size": _ONE_GPU,
-        "context_parallel_size": _ONE_GPU,
-        "dp_shard_size": _ONE_GPU,
-        "dp_replicate_size": _ONE_GPU,
-        "sequence_parallel_degree": _ONE_GPU,
-        "heads_k_stride": _ONE_GPU,
-        "ring_attn_func": _ONE_GPU,
+        "deepspeed": _PARALLEL,
+        "fsdp*": _PARALLEL,
+        "qlora_sharded_model_loading": _PARALLEL,
+        "tensor_parallel_size": _PARALLEL,
+        "context_parallel_size": _PARALLEL,
+        "dp_shard_size": _PARALLEL,
+        "dp_replicate_size": _PARALLEL,
+        "sequence_parallel_degree": _PARALLEL,
+        "heads_k_stride": _PARALLEL,
+        "ring_attn_func": _PARALLEL,
         "auto_find_batch_size": "a run has the batch size that hyperparameters.batchSize says",
         "trust_remote_code": "code of a model's repository is not run; models that transformers knows need none",
         "tokenizer_legacy": "the model's own tokenizer config says it",

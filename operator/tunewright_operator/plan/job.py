@@ -56,12 +56,13 @@ def build_job(job: FineTuneJob, attempt: int, halvings: int, settings: Settings)
         RunTooLarge: The run document exceeds `MAX_RUN_BYTES`.
     """
     metadata = job.metadata
-    labels = _labels(metadata.name, attempt)
+    labels = attempt_labels(metadata.name, attempt)
     pod = job.spec.pod or Pod()
-    template_metadata: Manifest = {"labels": {**(pod.labels or {}), **labels}}
+    run = plan_run(job, attempt, halvings, settings)
+    unique = pod_selector(job, attempt) if run.nodes > 1 else {}
+    template_metadata: Manifest = {"labels": {**(pod.labels or {}), **labels, **unique}}
     if pod.annotations:
         template_metadata["annotations"] = dict(pod.annotations)
-    run = plan_run(job, attempt, halvings, settings)
     size = len(run.to_json().encode())
     if size > MAX_RUN_BYTES:
         raise RunTooLarge(f"the run document has {size} bytes, {MAX_RUN_BYTES} are allowed: shorten model.chatTemplate")
@@ -72,7 +73,7 @@ def build_job(job: FineTuneJob, attempt: int, halvings: int, settings: Settings)
             "name": naming.job_name(metadata.name, attempt),
             "namespace": metadata.namespace,
             "labels": labels,
-            "ownerReferences": [_owner(job)],
+            "ownerReferences": [owner_reference(job)],
         },
         "spec": _job_spec(job.spec, template_metadata, run, settings),
     }
@@ -80,8 +81,10 @@ def build_job(job: FineTuneJob, attempt: int, halvings: int, settings: Settings)
 
 def _job_spec(spec: FineTuneJobSpec, template_metadata: Manifest, run: TrainRun, settings: Settings) -> Manifest:
     return {
-        "completions": 1,
-        "parallelism": 1,
+        "completions": run.nodes,
+        "parallelism": run.nodes,
+        # Each pod has its number, and a host name that ends with it.
+        **({"completionMode": "Indexed"} if run.nodes > 1 else {}),
         # A failed attempt is the operator's to judge; the next one is a new Job with a document of its own.
         "backoffLimit": 0,
         # No second pod before the first has really ended: they might share a volume.
@@ -103,7 +106,8 @@ def _job_spec(spec: FineTuneJobSpec, template_metadata: Manifest, run: TrainRun,
     }
 
 
-def _labels(name: str, attempt: int) -> dict[str, str]:
+def attempt_labels(name: str, attempt: int) -> dict[str, str]:
+    """Return the labels of everything that belongs to an attempt."""
     return {
         constants.LABEL_MANAGED_BY: constants.OPERATOR_NAME,
         constants.LABEL_FINETUNEJOB: name,
@@ -112,7 +116,14 @@ def _labels(name: str, attempt: int) -> dict[str, str]:
     }
 
 
-def _owner(job: FineTuneJob) -> Manifest:
+def pod_selector(job: FineTuneJob, attempt: int) -> dict[str, str]:
+    """Return labels that only the pods of one attempt of this FineTuneJob have."""
+    assert job.metadata.uid is not None, "the API server sets it"
+    return {constants.LABEL_UID: job.metadata.uid, constants.LABEL_ATTEMPT: str(attempt)}
+
+
+def owner_reference(job: FineTuneJob) -> Manifest:
+    """Return the reference by which what a FineTuneJob owns goes with it."""
     return {
         "apiVersion": API_VERSION,
         "kind": KIND,

@@ -8,7 +8,7 @@ from tunewright_api.references import references
 from tunewright_api.run_config import PVC_MOUNT_ROOT, RUN_ENVIRONMENT_VARIABLE, TrainRun
 from tunewright_api.v1alpha1.finetunejob import FineTuneJobSpec, Resources
 from tunewright_api.v1alpha1.pod import Pod
-from tunewright_operator import constants
+from tunewright_operator import constants, naming
 from tunewright_operator.settings import Settings
 
 Manifest = dict[str, Any]
@@ -40,6 +40,9 @@ def pod_spec(spec: FineTuneJobSpec, run: TrainRun, settings: Settings) -> Manife
         "containers": [_container(spec, run, settings, claims)],
         "volumes": _volumes(spec, settings, claims),
     }
+    if run.nodes > 1:
+        # With the host name that the Job controller gives each pod, this is the name that the Service has for it.
+        manifest["subdomain"] = _service_name(run)
     given = pod.document()
     for field in (
         "imagePullSecrets", "serviceAccountName", "nodeSelector", "tolerations", "affinity", "priorityClassName",
@@ -92,7 +95,25 @@ def _environment(run: TrainRun) -> list[Manifest]:
         # Images ask for all GPUs by this variable, and a container runtime gives them even without a request.
         values["NVIDIA_VISIBLE_DEVICES"] = "void"
     writer = {"name": constants.ENV_WRITER, "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}}
-    return [*({"name": name, "value": value} for name, value in values.items()), writer, *_tracking_secret(run)]
+    given = [{"name": name, "value": value} for name, value in values.items()]
+    return [*given, writer, *_rendezvous(run), *_tracking_secret(run)]
+
+
+def _rendezvous(run: TrainRun) -> list[Manifest]:
+    """Return what tells the pods of several nodes who they are and where they meet."""
+    if run.nodes == 1:
+        return []
+    rank = {"fieldRef": {"fieldPath": f"metadata.annotations['{constants.ANNOTATION_INDEX}']"}}
+    first = f"{naming.job_name(run.name, run.attempt)}-0.{_service_name(run)}"
+    return [
+        {"name": constants.ENV_NODE_RANK, "valueFrom": rank},
+        {"name": constants.ENV_MASTER_ADDRESS, "value": first},
+        {"name": constants.ENV_MASTER_PORT, "value": str(constants.MASTER_PORT)},
+    ]
+
+
+def _service_name(run: TrainRun) -> str:
+    return naming.service_name(naming.job_name(run.name, run.attempt))
 
 
 def _tracking_secret(run: TrainRun) -> list[Manifest]:

@@ -13,9 +13,9 @@ from tunewright_api.exit_codes import Fate
 from tunewright_api.v1alpha1.finetunejob import FineTuneJob, FineTuneJobSpec, Resources, Timeouts
 from tunewright_api.v1alpha1.status import FineTuneJobStatus, JobRef, Plan
 from tunewright_operator import naming
-from tunewright_operator.observed import ObservedJob, ObservedPod, ObservedRun, Refusal
+from tunewright_operator.observed import ObservedJob, ObservedRun, Refusal
 from tunewright_operator.settings import Settings
-from tunewright_operator.status import ending, references, verdict
+from tunewright_operator.status import ending, pods, references, verdict
 from tunewright_operator.status.decision import CreateJob, Decision, DeleteJobs
 from tunewright_operator.status.memory import (
     current_attempt,
@@ -30,7 +30,7 @@ from tunewright_operator.status.memory import (
 _WAIT_FOR_OTHERS_SECONDS = 5.0
 """Between looks at something that ends by itself soon and whose end a watch may not show."""
 _NO_POD_SECONDS = 60.0
-"""After this time a Job without a pod is worth a hint."""
+"""After this time a Job that lacks pods is worth a hint."""
 
 
 def decide(
@@ -49,7 +49,7 @@ def decide(
     if _run_deadline_passed(job.spec, status, now):
         return _deadline_exceeded(job.spec, status, seen, now, "timeouts.run", _timeouts(job.spec).run)
     if seen.job is not None and seen.job.finished:
-        ended = _ended(job.spec, status, seen.job, seen.pod, settings, now)
+        ended = _ended(job.spec, status, seen.job, seen, settings, now)
         if is_finished(ended.status) or not job.spec.suspend:
             return ended
         return _suspended(job, ended.status, ObservedRun(), now)
@@ -59,7 +59,9 @@ def decide(
         return _live(job.spec, status, seen.job, seen, settings, now)
     if seen.job_gone:
         name = naming.job_name(job.metadata.name, current_attempt(status))
-        return _after(ending.end_attempt(status, verdict.judge_missing_job(name), None, job.spec, settings, now), now)
+        status = ending.end_attempt(status, verdict.judge_missing_job(name), (), job.spec, settings, now)
+        services = _services(job.spec, name)
+        return _after(status, now, DeleteJobs((), services) if services else None)
     return _next_attempt(status, seen, now)
 
 
@@ -95,7 +97,7 @@ def _clean_up(spec: FineTuneJobSpec, status: FineTuneJobStatus, seen: ObservedRu
     wait = seconds_until(status.completion_time, now) + seconds_of(spec.ttl_after_finished)
     if wait > 0:
         return Decision(status, requeue_seconds=wait)
-    return Decision(status, DeleteJobs(seen.jobs))
+    return Decision(status, DeleteJobs(seen.jobs, _services(spec, *seen.jobs)))
 
 
 def _timeouts(spec: FineTuneJobSpec) -> Timeouts:
@@ -132,43 +134,62 @@ def _give_up(
     """Fail a run whose pod may still be there."""
     if seen.job is not None:
         ruling = verdict.Verdict(reason, Fate.FATAL, message)
-        status = ending.record_attempt(status, ruling, seen.pod, spec, now)
-    return Decision(ending.fail(status, reason, message, now), _delete(seen.job))
+        status = ending.record_attempt(status, ruling, seen.pods, spec, now)
+    return Decision(ending.fail(status, reason, message, now), _delete(spec, seen.job))
 
 
-def _delete(job: ObservedJob | None) -> DeleteJobs | None:
-    return DeleteJobs((job.name,)) if job is not None and not job.deleting else None
+def _delete(spec: FineTuneJobSpec, job: ObservedJob | None) -> DeleteJobs | None:
+    if job is None or job.deleting:
+        return None
+    return DeleteJobs((job.name,), _services(spec, job.name))
+
+
+def _nodes(spec: FineTuneJobSpec) -> int:
+    return (spec.resources or Resources()).nodes
+
+
+def _services(spec: FineTuneJobSpec, *jobs: str) -> tuple[str, ...]:
+    """Return the names of the Services that belong to Jobs."""
+    return tuple(naming.service_name(job) for job in jobs) if _nodes(spec) > 1 else ()
 
 
 def _ended(
     spec: FineTuneJobSpec,
     status: FineTuneJobStatus,
     job: ObservedJob,
-    pod: ObservedPod | None,
+    seen: ObservedRun,
     settings: Settings,
     now: datetime.datetime,
 ) -> Decision:
-    if pod is not None and pod.started_at is not None and status.start_time is None:
-        status = status.model_copy(update={"start_time": pod.started_at})
+    if status.start_time is None:
+        status = status.model_copy(update={"start_time": _first_start(seen)})
     if job.finished == "Complete":
-        ruling = verdict.judge_success(pod)
+        ruling = verdict.judge_success(seen.pod)
     else:
-        memory = (spec.resources or Resources()).memory or settings.default_memory
-        ruling = verdict.judge_failure(job, pod, memory)
-    return _after(ending.end_attempt(status, ruling, pod, spec, settings, now), now)
+        ruling = verdict.judge_failure(job, seen.pods, _memory_limit(spec, settings))
+    return _after(ending.end_attempt(status, ruling, seen.pods, spec, settings, now), now)
 
 
-def _after(status: FineTuneJobStatus, now: datetime.datetime) -> Decision:
+def _first_start(seen: ObservedRun) -> str | None:
+    return min((pod.started_at for pod in seen.pods if pod.started_at is not None), default=None)
+
+
+def _memory_limit(spec: FineTuneJobSpec, settings: Settings) -> str:
+    return (spec.resources or Resources()).memory or settings.default_memory
+
+
+def _after(status: FineTuneJobStatus, now: datetime.datetime, action: DeleteJobs | None = None) -> Decision:
+    """Return the decision that goes with the end of an attempt."""
     if status.next_attempt_time is None:
-        return Decision(status, requeue_seconds=0.0 if not is_finished(status) else None)
-    return Decision(status, requeue_seconds=max(0.0, seconds_until(status.next_attempt_time, now)))
+        return Decision(status, action, 0.0 if not is_finished(status) else None)
+    return Decision(status, action, max(0.0, seconds_until(status.next_attempt_time, now)))
 
 
 def _suspended(job: FineTuneJob, status: FineTuneJobStatus, seen: ObservedRun, now: datetime.datetime) -> Decision:
     started = status.job_ref is not None or seen.job is not None
     if started:
         ruling = verdict.Verdict(Reason.USER_SUSPENDED, Fate.FREE_RETRY, "suspended by spec.suspend")
-        status = ending.record_attempt(status, ruling, seen.pod, job.spec, now)
+        status = ending.record_attempt(status, ruling, seen.pods, job.spec, now)
     status = mark(
         status,
         now,
@@ -176,7 +197,7 @@ def _suspended(job: FineTuneJob, status: FineTuneJobStatus, seen: ObservedRun, n
         (ConditionType.PODS_READY, False, Reason.USER_SUSPENDED, ""),
     )
     status = status.model_copy(update={"phase": "Suspended", "next_attempt_time": None, "progress": None})
-    return Decision(status, _delete(seen.job))
+    return Decision(status, _delete(job.spec, seen.job))
 
 
 def _resumed(status: FineTuneJobStatus, now: datetime.datetime) -> FineTuneJobStatus:
@@ -199,7 +220,7 @@ def _live(
     settings: Settings,
     now: datetime.datetime,
 ) -> Decision:
-    """A Job that has not ended: name what its pod waits for, take over progress, keep the time limits."""
+    """A Job that has not ended: name what its pods wait for, take over progress, keep the time limits."""
     status = status.model_copy(
         update={
             "attempt": current_attempt(status),
@@ -207,33 +228,37 @@ def _live(
             "next_attempt_time": None,
         }
     )
-    pod = seen.pod
-    if pod is not None and pod.deletion_time is not None and not pod.terminal:
-        # Without a node there is nobody to wait for.
-        grace = settings.node_lost_grace_seconds if pod.node is not None else 0.0
-        lost_in = seconds_until(pod.deletion_time, now) + grace
-        if lost_in <= 0:
-            ended = ending.end_attempt(status, verdict.judge_lost_node(pod), pod, spec, settings, now)
-            return Decision(ended, _delete(job), _after(ended, now).requeue_seconds)
-        return Decision(status, requeue_seconds=lost_in)
-    if pod is not None and (pod.terminal or pod.exit_code is not None):
+    failed = any(pod.ended and not pod.ready for pod in seen.pods)
+    leaving = [
+        # Without a node there is nobody to wait for, unless another pod's end takes this one with it.
+        (seconds_until(pod.deletion_time, now) + (settings.node_lost_grace_seconds if pod.node or failed else 0), pod)
+        for pod in seen.pods
+        if pod.deletion_time is not None and not pod.terminal
+    ]
+    if leaving:
+        lost_in, lost = min(leaving, key=lambda pair: pair[0])
+        if lost_in > 0:
+            return Decision(status, requeue_seconds=lost_in)
+        ruling = verdict.judge_failure(job, seen.pods, _memory_limit(spec, settings), lost)
+        return _after(ending.end_attempt(status, ruling, seen.pods, spec, settings, now), now, _delete(spec, job))
+    if failed or (seen.pod is not None and seen.pod.ended):
         # The Job controller says so within a second or two, and its event brings us back.
         return Decision(status)
-    if pod is not None and pod.running:
-        return _running(spec, status, seen, pod, settings, now)
+    if len(seen.pods) == job.completions and all(pod.ready for pod in seen.pods):
+        return _running(spec, status, job, seen, settings, now)
     return _pending(spec, status, job, seen, settings, now)
 
 
 def _running(
     spec: FineTuneJobSpec,
     status: FineTuneJobStatus,
+    job: ObservedJob,
     seen: ObservedRun,
-    pod: ObservedPod,
     settings: Settings,
     now: datetime.datetime,
 ) -> Decision:
-    status = mark(status, now, (ConditionType.PODS_READY, True, Reason.ALL_READY, ""))
-    start = status.start_time or pod.started_at or timestamp(now)
+    status = mark(status, now, (ConditionType.PODS_READY, True, Reason.ALL_READY, pods.with_count(job, seen.pods)))
+    start = status.start_time or _first_start(seen) or timestamp(now)
     status = status.model_copy(update={"phase": "Running", "start_time": start})
     if seen.progress is not None:
         status = status.model_copy(update={"progress": seen.progress})
@@ -259,39 +284,24 @@ def _pending(
         if left <= 0:
             return _deadline_exceeded(spec, status, seen, now, "timeouts.queue", limit)
         waits.append(left)
-    reason, message, grace = _pod_problem(seen.pod, settings)
-    if grace is not None:
-        assert seen.pod is not None
-        left = seconds_until(seen.pod.scheduled_at or seen.pod.created, now) + grace
-        if left <= 0:
+    reason, message, final_in = pods.problem(seen.pods, settings, now)
+    if final_in is not None:
+        if final_in <= 0:
             return _give_up(spec, status, seen, reason, message, now)
-        waits.append(left)
-    if seen.pod is None:
+        waits.append(final_in)
+    if len(seen.pods) < job.completions:
         left = seconds_until(job.created, now) + _NO_POD_SECONDS
         if left > 0:
             waits.append(left)
-        else:
+        elif not message:
+            which = "no pod" if not seen.pods else f"{len(seen.pods)} of {job.completions} pods"
             message = (
-                f"Job {job.name} has no pod yet: `kubectl describe job {job.name}` says why "
+                f"Job {job.name} has {which} yet: `kubectl describe job {job.name}` says why "
                 "(quota, Pod Security, a missing ServiceAccount)"
             )
+    message = pods.with_count(job, seen.pods, message)
     status = mark(status, now, (ConditionType.PODS_READY, False, reason, message))
     return Decision(status.model_copy(update={"phase": "Pending"}), requeue_seconds=min(waits, default=None))
-
-
-def _pod_problem(pod: ObservedPod | None, settings: Settings) -> tuple[str, str, float | None]:
-    """Return reason, message, and the seconds after which the problem is final (None: never)."""
-    if pod is None:
-        return Reason.WAITING_FOR_PODS, "", None
-    if pod.unschedulable is not None:
-        return Reason.UNSCHEDULABLE, pod.unschedulable, None
-    detail = f"pod {pod.name}: {pod.waiting_reason}: {pod.waiting_message}"
-    if pod.image_problem:
-        return Reason.IMAGE_PULL_FAILED, detail, settings.image_pull_grace_seconds
-    if pod.config_problem:
-        reason = Reason.IMAGE_PULL_FAILED if pod.waiting_reason == "InvalidImageName" else Reason.CONFIG_ERROR
-        return reason, detail, settings.config_error_grace_seconds
-    return Reason.WAITING_FOR_PODS, "", None
 
 
 def _next_attempt(status: FineTuneJobStatus, seen: ObservedRun, now: datetime.datetime) -> Decision:

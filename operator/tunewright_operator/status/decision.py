@@ -20,6 +20,8 @@ class DeleteJobs:
     """Delete Jobs, and with them their pods."""
 
     names: tuple[str, ...]
+    services: tuple[str, ...] = ()
+    """Services by which pods of theirs find each other."""
 
 
 Action = CreateJob | DeleteJobs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Sequence
 
 from tunewright_api.conditions import ConditionType, Reason
 from tunewright_api.exit_codes import Fate
@@ -29,13 +30,13 @@ MAX_BACKOFF_SECONDS = 300.0
 def end_attempt(
     status: FineTuneJobStatus,
     verdict: Verdict,
-    pod: ObservedPod | None,
+    pods: Sequence[ObservedPod],
     spec: FineTuneJobSpec,
     settings: Settings,
     now: datetime.datetime,
 ) -> FineTuneJobStatus:
     """Record the end of the current attempt and what follows: success, another attempt, or the end."""
-    ended = record_attempt(status, verdict, pod, spec, now)
+    ended = record_attempt(status, verdict, pods, spec, now)
     if verdict.fate is Fate.SUCCEEDED:
         assert verdict.report is not None
         return _succeed(ended, verdict, verdict.report, now)
@@ -50,27 +51,30 @@ def end_attempt(
 def record_attempt(
     status: FineTuneJobStatus,
     verdict: Verdict,
-    pod: ObservedPod | None,
+    pods: Sequence[ObservedPod],
     spec: FineTuneJobSpec,
     now: datetime.datetime,
 ) -> FineTuneJobStatus:
     """Add the current attempt to the history and its cost to the usage."""
-    started, ended = pod.started_at if pod else None, (pod.ended_at if pod else None) or timestamp(now)
+    times = [(pod.started_at, pod.ended_at or timestamp(now)) for pod in pods]
+    about = verdict.pod or next(iter(pods), None)
     step = verdict.report.step if verdict.report else status.progress.step if status.progress else None
     attempt = Attempt(
         number=current_attempt(status),
         cause=verdict.cause,
         exit_code=verdict.exit_code,
-        node=pod.node if pod else None,
+        node=about.node if about else None,
         last_step=step,
-        start_time=started,
-        end_time=ended,
+        start_time=min((started for started, _ in times if started is not None), default=None),
+        end_time=max((ended for _, ended in times), default=timestamp(now)),
         message=verdict.message[:MAX_MESSAGE],
     )
-    used = 0
-    if started is not None:
-        seconds = max(0.0, (parse_time(ended) - parse_time(started)).total_seconds())
-        used = round(seconds * (spec.resources or Resources()).gpus)
+    seconds = sum(
+        max(0.0, (parse_time(ended) - parse_time(started)).total_seconds())
+        for started, ended in times
+        if started is not None
+    )
+    used = round(seconds * (spec.resources or Resources()).gpus)
     before = status.usage or Usage()
     lost = 0 if verdict.fate is Fate.SUCCEEDED else used
     usage = Usage(gpu_seconds=before.gpu_seconds + used, lost_gpu_seconds=before.lost_gpu_seconds + lost)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from tunewright_api.conditions import Reason
-from tunewright_api.exit_codes import Fate, outcome_of
+from tunewright_api.exit_codes import ExitCode, Fate, outcome_of
 from tunewright_api.run_report import RunReport
-from tunewright_operator.observed import ObservedJob, ObservedPod, parse_report
+from tunewright_operator.observed import ObservedJob, ObservedPod, parse_report, parse_time
+
+PEER_LOST = "PeerLost"
+"""A pod lost the connection to another one: what happened to that one says more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +24,8 @@ class Verdict:
     message: str
     exit_code: int | None = None
     report: RunReport | None = None
+    pod: ObservedPod | None = None
+    """The pod that it is about, where there are several."""
 
 
 _DISRUPTION_TEXT = {
@@ -46,8 +53,66 @@ def _success_reason(report: RunReport) -> Reason:
     return Reason.EARLY_STOPPED if report.reason == Reason.EARLY_STOPPED else Reason.SUCCEEDED
 
 
-def judge_failure(job: ObservedJob, pod: ObservedPod | None, memory_limit: str) -> Verdict:
-    """Judge an attempt whose Job has failed.
+def judge_failure(
+    job: ObservedJob, pods: Sequence[ObservedPod], memory_limit: str, lost: ObservedPod | None = None
+) -> Verdict:
+    """Judge an attempt whose Job has failed: of several pods, by the one that failed first for a reason of its own.
+
+    Args:
+        job: The Job.
+        pods: Its pods.
+        memory_limit: For the message of a pod that went over it.
+        lost: One of the pods that should be gone but is not: nobody carries the deletion out.
+    """
+    if job.completions == 1:
+        pod = pods[0] if pods else None
+        return judge_lost_node(lost) if lost is not None else _judge_pod(job, pod, memory_limit)
+    rulings = []
+    for pod in _to_blame(pods, lost):
+        ruling = judge_lost_node(pod) if pod == lost else _judge_pod(job, pod, memory_limit)
+        message = f"node {pod.index}: {ruling.message}"
+        rulings.append(replace(ruling, message=message, pod=pod))
+    return min(rulings, key=_precedence, default=_judge_pod(job, None, memory_limit))
+
+
+def _to_blame(pods: Sequence[ObservedPod], lost: ObservedPod | None) -> list[ObservedPod]:
+    """Return the pods that did not end well, without those that were only removed because another one had failed.
+
+    A pod that was asked to go then, and still says why it failed itself, is judged by what it says.
+    """
+    failed = [pod for pod in pods if pod.exit_code != 0 and (pod.ended or pod == lost)]
+    first_end = min((parse_time(pod.ended_at) for pod in failed if pod.ended_at is not None), default=None)
+    found = []
+    for pod in failed:
+        if pod == lost or first_end is None or not _removed_since(pod, first_end):
+            found.append(pod)
+        elif _says_why(pod):
+            found.append(replace(pod, deletion_time=None))
+    return found
+
+
+def _removed_since(pod: ObservedPod, first_end: datetime.datetime) -> bool:
+    if pod.deletion_time is None or pod.disruption is not None:
+        return False
+    return parse_time(pod.deletion_time) - datetime.timedelta(seconds=pod.deletion_grace) >= first_end
+
+
+def _says_why(pod: ObservedPod) -> bool:
+    if pod.termination_reason == "OOMKilled":
+        return True
+    report = parse_report(pod.report)
+    return report is not None and report.exit_code == pod.exit_code and pod.exit_code != ExitCode.PREEMPTED
+
+
+def _precedence(ruling: Verdict) -> tuple[bool, str]:
+    """Order verdicts: causes before consequences, then by time."""
+    assert ruling.pod is not None
+    # A pod without an end comes after all that have one: RFC 3339 times begin with a digit.
+    return ruling.cause == PEER_LOST, ruling.pod.ended_at or "~"
+
+
+def _judge_pod(job: ObservedJob, pod: ObservedPod | None, memory_limit: str) -> Verdict:
+    """Judge the end of one pod.
 
     What the trainer itself called final stays final, whatever happened to the pod. Then comes what the platform did
     to the pod, and only then the exit code, because a pod that is being taken away may end with any.

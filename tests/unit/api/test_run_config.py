@@ -52,6 +52,7 @@ def test_unknown_fields_are_refused() -> None:
         {"output": {"uri": "s3://elsewhere/output"}},
         {"storage": {"secretName": "other-credentials", "endpoint": "http://s3:8333"}},
         {"resources": {"memory": "32Gi"}},
+        {"resources": {"nodes": 1, "gpus": 1}},
         {"retry": {"maxRestarts": 0, "timeouts": {"stall": "10m"}}},
         {"suspend": True},
         {"hub": {"secretName": "hf-token", "endpoint": "https://hub.example.com"}},
@@ -75,11 +76,26 @@ def test_what_does_not_shape_the_result_does_not_count(other: dict[str, Any]) ->
         {"dataset": {"train": [{"uri": "s3://bucket/train.jsonl", "maxSamples": 5}]}},
         {"dataset": {"train": [{"uri": "hf://datasets/org/name/train.jsonl", "revision": "v1"}]}},
         {"dataset": {"train": [{"uri": "s3://bucket/train.jsonl"}], "validationFraction": 0.5}},
+        {"resources": {"nodes": 2}},
+        {"resources": {"gpus": 2}},
     ],
 )
 def test_what_shapes_the_result_counts(other: dict[str, Any]) -> None:
     """Another model, method, argument or choice of rows is another run."""
     assert key(run(**other)) != key(run())
+
+
+@pytest.mark.parametrize(
+    ("resources", "scale"),
+    [(None, (1, 1)), ({"gpus": 0}, (1, 1)), ({"gpus": 8}, (1, 8)), ({"nodes": 2, "gpus": 0}, (2, 1)),
+     ({"nodes": 4, "gpus": 8}, (4, 8))],
+)  # fmt: skip
+def test_every_gpu_has_a_process(resources: dict[str, Any] | None, scale: tuple[int, int]) -> None:
+    """And the global batch counts them all."""
+    document = run(resources=resources, hyperparameters={"batchSize": 2, "gradientAccumulationSteps": 3})
+    assert (document.nodes, document.processes) == scale
+    assert document.world_size == scale[0] * scale[1]
+    assert document.global_batch_size == 6 * scale[0] * scale[1]
 
 
 def test_new_content_under_the_same_name_is_another_run() -> None:

@@ -4,37 +4,28 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from tests.unit.api.builders import Document, spec
 from tests.unit.cli.conftest import Run
-from tunewright_api.defaults import ResolvedHyperparameters
+from tunewright_api.run_config import StorageSettings, TrainRun, build_train_run
 from tunewright_cli.rows import steps_of
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
-def hyperparameters(
-    epochs: float | None = None, max_steps: int | None = None, packing: bool = False
-) -> ResolvedHyperparameters:
-    """Return arguments with 2 rows in a micro-batch and 3 micro-batches in a step."""
-    return ResolvedHyperparameters(
-        epochs=epochs,
-        max_steps=max_steps,
-        learning_rate=1e-4,
-        scheduler="Cosine",
-        warmup_ratio=0.0,
-        batch_size=2,
-        gradient_accumulation_steps=3,
-        max_sequence_length=64,
-        packing=packing,
-        optimizer="AdamW",
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        gradient_checkpointing=False,
-        seed=1,
+def run_document(resources: Document | None = None, generations: int = 0, **hyperparameters: Any) -> TrainRun:
+    """Return a run with 2 rows in a micro-batch and 3 micro-batches of each process in a step."""
+    grpo = {"rewards": [{"type": "JSON"}], "generations": generations}
+    changed = spec(
+        hyperparameters={"batchSize": 2, "gradientAccumulationSteps": 3, **hyperparameters},
+        resources=resources,
+        objective={"type": "GRPO", "grpo": grpo} if generations else None,
     )
+    return build_train_run(changed, name="a", namespace="b", attempt=1, storage=StorageSettings())
 
 
 @pytest.mark.parametrize(
@@ -43,19 +34,37 @@ def hyperparameters(
 )
 def test_steps_follow_rows_epochs_and_batches(epochs: float, rows: int | None, steps: int | None) -> None:
     """Rounded up wherever a smaller last batch makes a step of its own."""
-    assert steps_of(hyperparameters(epochs=epochs), rows) == steps
+    assert steps_of(run_document(epochs=epochs), rows) == steps
 
 
-@pytest.mark.parametrize(("epochs", "rows", "steps"), [(1.0, 6, 2), (1.0, 8, 2), (1.0, 2, 0), (1.5, 9, 5)])
-def test_steps_of_groups_are_whole(epochs: float, rows: int, steps: int) -> None:
-    """With 2 answers to each of 3 prompts a step, what is left over of an epoch is not trained on."""
-    assert steps_of(hyperparameters(epochs=epochs), rows, 2) == steps
+@pytest.mark.parametrize(
+    ("resources", "rows", "steps"),
+    [
+        ({"gpus": 0}, 24, 4),
+        ({"gpus": 2}, 24, 2),
+        ({"nodes": 2, "gpus": 0}, 25, 3),
+        ({"nodes": 2, "gpus": 2}, 24, 1),
+        ({"nodes": 2, "gpus": 2}, 25, 2),
+    ],
+)
+def test_every_process_takes_rows_of_its_own(resources: Document, rows: int, steps: int) -> None:
+    """A step takes the micro-batches of all processes."""
+    assert steps_of(run_document(resources, epochs=1.0), rows) == steps
+
+
+@pytest.mark.parametrize(
+    ("resources", "epochs", "rows", "steps"),
+    [(None, 1.0, 6, 2), (None, 1.0, 8, 2), (None, 1.0, 2, 0), (None, 1.5, 9, 5), ({"nodes": 2}, 1.0, 17, 2)],
+)
+def test_steps_of_groups_are_whole(resources: Document | None, epochs: float, rows: int, steps: int) -> None:
+    """With 2 answers to each of 3 prompts a step and process, what is left over of an epoch is not trained on."""
+    assert steps_of(run_document(resources, generations=2, epochs=epochs), rows) == steps
 
 
 def test_given_steps_need_no_rows_and_packed_rows_no_guess() -> None:
     """maxSteps is the answer; how many packed sequences there are depends on the tokenizer."""
-    assert steps_of(hyperparameters(max_steps=7), None) == 7
-    assert steps_of(hyperparameters(epochs=1.0, packing=True), 100) is None
+    assert steps_of(run_document(maxSteps=7), None) == 7
+    assert steps_of(run_document(epochs=1.0, packing=True), 100) is None
 
 
 def test_local_data_is_checked_and_counted(run: Run, job_file: Path) -> None:
@@ -63,6 +72,7 @@ def test_local_data_is_checked_and_counted(run: Run, job_file: Path) -> None:
     result = run("plan", "-f", job_file)
     assert result.exit_code == 0, result.output
     assert "Data:  8 PromptCompletion rows for training, 2 for validation" in result.stdout
+    assert "Scale: 1 node with 1 process, global batch 6" in result.stdout
     assert "Steps: 6, 6 rows each" in result.stdout
     assert "No Job: local paths are only for `tunewright run`." in result.stdout
 
@@ -103,6 +113,20 @@ def test_the_job_is_the_one_that_the_operator_creates(run: Run) -> None:
     assert (job["kind"], job["metadata"]["name"]) == ("Job", "docstrings-lora-train-1")
     (container,) = job["spec"]["template"]["spec"]["containers"]
     assert container["resources"]["limits"]["memory"] == "3Gi"
+    assert as_yaml["service"] is None
+
+
+def test_several_nodes_are_spelt_out(run: Run) -> None:
+    """How many processes there are, what they take per step together, and the Service by which they find each other."""
+    example = EXAMPLES / "sft-lora-multi-node.yaml"
+    text = run("plan", "-f", example).stdout
+    assert "Scale: 2 nodes with 1 process each, global batch 8" in text
+    assert "Service and Job that the operator creates for the first attempt" in text
+    document = json.loads(run("plan", "-f", example, "--output", "json").stdout)
+    assert document["scale"] == {"nodes": 2, "processesPerNode": 1, "globalBatchSize": 8}
+    service, pod = document["service"], document["job"]["spec"]["template"]
+    assert service["metadata"]["name"] == pod["spec"]["subdomain"] == "ftj-docstrings-lora-multi-node-train-1"
+    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
 
 
 def test_one_of_several_jobs_is_chosen_by_name(run: Run, tmp_path: Path) -> None:

@@ -47,3 +47,12 @@ def test_a_reference_by_name_is_refused(run: Run, job_file: Path, tmp_path: Path
     assert result.exit_code == 20
     assert "kubectl get ftj first -o jsonpath='{.status.output.manifestUri}'" in result.stderr
     assert not (tmp_path / "work").exists()
+
+
+def test_several_nodes_are_refused(run: Run, job_file: Path, tmp_path: Path) -> None:
+    """This machine is one; the message says how to train to the same result on it."""
+    job_file.write_text(job_file.read_text().replace("{gpus: 0}", "{gpus: 0, nodes: 2}"))
+    result = run("run", "-f", job_file, "--work", tmp_path / "work")
+    assert result.exit_code == 20
+    assert "local trains on 2 nodes, and a local run has only this machine: set resources.nodes to 1" in result.stderr
+    assert not (tmp_path / "work").exists()

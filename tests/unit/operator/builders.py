@@ -37,10 +37,10 @@ def later(seconds: float) -> datetime.datetime:
     return NOW + datetime.timedelta(seconds=seconds)
 
 
-def finetunejob(name: str = "bot", generation: int = 1, **changes: Any) -> FineTuneJob:
+def finetunejob(name: str = "bot", generation: int = 1, uid: str = "uid-1", **changes: Any) -> FineTuneJob:
     """Return a FineTuneJob as the API server stores it."""
     document = job_document(name, **changes)
-    document["metadata"] |= {"namespace": "team-a", "uid": "uid-1", "generation": generation}
+    document["metadata"] |= {"namespace": "team-a", "uid": uid, "generation": generation}
     return parse_finetunejob(document)
 
 
@@ -50,7 +50,6 @@ def job(attempt: int = 1, **changes: Any) -> ObservedJob:
         "name": f"bot-train-{attempt}",
         "uid": f"job-{attempt}",
         "owner_uid": "uid-1",
-        "owned_by_finetunejob": "bot",
         "created": TIME,
     }
     return ObservedJob(**{**values, **changes})

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.unit.operator.builders import REPORT, TIME
-from tunewright_operator.observed import parse_job, parse_pod, parse_report
+from tunewright_operator.observed import Owner, parse_job, parse_owner, parse_pod, parse_report
 
 OWNER = {"controller": True, "kind": "FineTuneJob", "name": "bot", "uid": "uid-1", "apiVersion": "tunewright.dev/v1"}
 
@@ -37,7 +37,7 @@ def test_job_in_progress() -> None:
     """A Job without a final condition is not finished; Suspended and FailureTarget are not final."""
     conditions = [{"type": "FailureTarget", "status": "True"}, {"type": "Failed", "status": "False"}]
     job = parse_job(raw_job(status={"conditions": conditions}))
-    assert (job.finished, job.deleting, job.owner_uid, job.owned_by_finetunejob) == (None, False, "uid-1", "bot")
+    assert (job.finished, job.deleting, job.owner_uid, job.completions) == (None, False, "uid-1", 1)
 
 
 @pytest.mark.parametrize("kind", ["Complete", "Failed"])
@@ -50,9 +50,12 @@ def test_finished_job(kind: str) -> None:
 
 def test_jobs_of_others() -> None:
     """Owners that are not controllers do not count, and other kinds are no FineTuneJobs."""
-    assert parse_job(raw_job(metadata={"ownerReferences": [{**OWNER, "controller": False}]})).owner_uid is None
-    other = parse_job(raw_job(metadata={"ownerReferences": [{**OWNER, "kind": "CronJob"}]}))
-    assert (other.owner_uid, other.owned_by_finetunejob) == ("uid-1", None)
+    assert parse_owner(raw_job()) == Owner("uid-1", "bot", deleting=False)
+    assert parse_owner(raw_job(metadata={"ownerReferences": [{**OWNER, "controller": False}]})).uid is None
+    other = parse_owner(
+        raw_job(metadata={"ownerReferences": [{**OWNER, "kind": "CronJob"}], "deletionTimestamp": TIME})
+    )
+    assert other == Owner("uid-1", None, deleting=True)
 
 
 def test_new_pod() -> None:
@@ -66,6 +69,26 @@ def test_a_forged_attempt_is_none_of_ours(label: str | None) -> None:
     """Whoever may edit pods may edit the label; it never raises."""
     labels = {} if label is None else {"tunewright.dev/attempt": label}
     assert parse_pod(raw_pod({}, labels=labels)).attempt == 0
+
+
+def test_a_pod_of_several_has_its_number() -> None:
+    """The Job controller writes it into an annotation; nonsense in it never raises."""
+    for text, index in (("7", 7), ("x", 0), ("-1", 0), ("9" * 5000, 0)):
+        pod = parse_pod(raw_pod({}, annotations={"batch.kubernetes.io/job-completion-index": text}))
+        assert pod.index == index
+        assert not pod.fresh, "it has a node"
+    assert parse_job(raw_job(spec={"completions": 8})).completions == 8
+
+
+def test_when_a_pod_does_its_part() -> None:
+    """Its container runs, or has ended well; not when it waits, failed, or is gone."""
+    ended = {"exitCode": 0, "reason": "Completed", "startedAt": TIME, "finishedAt": TIME}
+    running = raw_pod({"phase": "Running", **with_state(running={"startedAt": TIME})})
+    assert parse_pod(running).ready
+    assert not parse_pod(running, gone=True).ready
+    assert parse_pod(raw_pod({"phase": "Succeeded", **with_state(terminated=ended)})).ready
+    assert not parse_pod(raw_pod({"phase": "Failed", **with_state(terminated={**ended, "exitCode": 1})})).ready
+    assert not parse_pod(raw_pod({})).ready
 
 
 def test_unschedulable() -> None:

@@ -13,8 +13,8 @@ import yaml
 from tests.unit.operator.builders import SETTINGS, finetunejob
 from tunewright_api.run_config import TrainRun
 from tunewright_operator.errors import RunTooLarge
-from tunewright_operator.naming import job_name
-from tunewright_operator.plan import build_job, plan_run
+from tunewright_operator.naming import job_name, service_name
+from tunewright_operator.plan import build_job, build_service, plan_run
 from tunewright_operator.settings import Settings
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -51,11 +51,19 @@ EVERYTHING: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    ("name", "changes"), [("smallest", {}), ("cpu", {"resources": {"gpus": 0}}), ("everything", EVERYTHING)]
+    ("name", "changes"),
+    [
+        ("smallest", {}),
+        ("cpu", {"resources": {"gpus": 0}}),
+        ("everything", EVERYTHING),
+        ("two-nodes", {"resources": {"nodes": 2, "gpus": 8}}),
+    ],
 )
 def test_golden(name: str, changes: dict[str, Any]) -> None:
-    """The whole Job is as recorded; `UPDATE_GOLDEN=1` records anew, and the diff is for review."""
-    rendered = yaml.safe_dump(build_job(finetunejob(**changes), 1, 0, SETTINGS), sort_keys=False, width=110)
+    """The whole Job, and the Service of several pods, are as recorded; `UPDATE_GOLDEN=1` records anew, for review."""
+    job = finetunejob(**changes)
+    manifests = [build_service(job, 1)] if job.spec.resources and job.spec.resources.nodes > 1 else []
+    rendered = yaml.safe_dump_all([*manifests, build_job(job, 1, 0, SETTINGS)], sort_keys=False, width=110)
     path = GOLDEN / f"job-{name}.yaml"
     if os.environ.get("UPDATE_GOLDEN"):
         path.write_text(rendered)
@@ -179,8 +187,42 @@ def test_a_document_that_does_not_fit_is_refused() -> None:
 
 
 def test_names_fit_a_host_name() -> None:
-    """The longest Job name leaves room for the pod's suffix of six characters."""
-    assert len(job_name("n" * 45, 119)) + 6 <= 63
+    """The longest Job name leaves room for the pod's suffix of six characters, and its Service's name fits too."""
+    assert len(job_name("n" * 45, 999)) + 6 <= 63
+    assert len(f"{job_name('n' * 45, 999)}-63") <= 63
+    assert len(service_name(job_name("n" * 45, 999))) <= 63
+
+
+def test_a_service_s_name_begins_with_a_letter() -> None:
+    """A FineTuneJob's may begin with a digit, which the API server takes for Jobs but not for Services."""
+    assert build_service(finetunejob("7b-chat"), 2)["metadata"]["name"] == "ftj-7b-chat-train-2"
+
+
+def test_pods_of_several_nodes_find_the_first_one() -> None:
+    """Its name is made of what Job and Service really are called, and the Service finds these pods and no others."""
+    job = finetunejob(resources={"nodes": 2})
+    manifest, service = build_job(job, 3, 0, SETTINGS), build_service(job, 3)
+    template, name = manifest["spec"]["template"], service["metadata"]["name"]
+    address = f"{manifest['metadata']['name']}-0.{name}"
+    variables = environment(manifest)
+    assert (variables["PET_MASTER_ADDR"], variables["PET_MASTER_PORT"]) == (address, "29500")
+    assert template["spec"]["subdomain"] == name
+    selector = service["spec"]["selector"].items()
+    assert selector <= template["metadata"]["labels"].items()
+    for other in (
+        build_job(job, 2, 0, SETTINGS),
+        build_job(finetunejob(uid="uid-2", resources={"nodes": 2}), 3, 0, SETTINGS),
+    ):
+        assert not selector <= other["spec"]["template"]["metadata"]["labels"].items()
+
+
+def test_one_pod_is_told_of_no_other() -> None:
+    """Neither names nor ports, however many GPUs it has."""
+    manifest = build_job(finetunejob(resources={"gpus": 8}), 1, 0, SETTINGS)
+    assert not [name for name in environment(manifest) if name.startswith("PET_")]
+    assert "subdomain" not in manifest["spec"]["template"]["spec"]
+    (container,) = manifest["spec"]["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "8"
 
 
 def test_the_manifest_is_json() -> None:

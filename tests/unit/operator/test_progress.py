@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from tests.unit.operator.builders import SETTINGS, TIME, pod
+from tests.unit.operator.builders import NOW, SETTINGS, TIME, created, job, pod
 from tunewright_api.run_report import MAX_PROGRESS_BYTES, Progress
 from tunewright_operator import observe
 from tunewright_operator.observe import Observer
-from tunewright_operator.store import Entry, Store
+from tunewright_operator.observed import ObservedPod, ObservedRun
+from tunewright_operator.store import Entry, Key, Store
 
 VALID = {"stage": "Training", "step": 3, "totalSteps": 10, "percent": 30.0, "loss": 1.5, "updatedAt": TIME}
 
@@ -101,15 +102,21 @@ async def test_refused(pull: Any, answer: Answer) -> None:
         assert await pull(answer) is None
 
 
-async def test_no_more_often_than_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a write the pod is left alone for the interval; a pod that does not run is not asked."""
-    asked: list[str] = []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Give a list of the addresses that are asked for progress."""
+    addresses: list[str] = []
 
     async def note(_: Observer, ip: str) -> Progress:
-        asked.append(ip)
+        addresses.append(ip)
         return Progress.model_validate(VALID)
 
     monkeypatch.setattr(Observer, "_pull", note)
+    return addresses
+
+
+async def test_no_more_often_than_the_interval(asked: list[str]) -> None:
+    """After a write the pod is left alone for the interval; a pod that does not run is not asked."""
     observer = Observer(None, Store(), SETTINGS)  # type: ignore[arg-type]  # no request goes to the API server
     entry = Entry()
     running = pod(phase="Running", running=True, ip="10.0.0.1")
@@ -118,3 +125,48 @@ async def test_no_more_often_than_the_interval(monkeypatch: pytest.MonkeyPatch) 
     assert await observer._progress(Entry(), pod(ip="10.0.0.1")) is None
     await observer.close()
     assert asked == ["10.0.0.1"]
+
+
+async def observed(completions: int, *pods: ObservedPod) -> ObservedRun:
+    """Return what is seen of a run with these pods in the store."""
+    store = Store()
+    entry = store.entry(Key("team-a", "bot"))
+    entry.jobs = {"bot-train-1": job(completions=completions)}
+    entry.pods = {one.name: one for one in pods}
+    observer = Observer(None, store, SETTINGS)  # type: ignore[arg-type]  # no request goes to the API server
+    try:
+        return await observer.run(Key("team-a", "bot"), "uid-1", created(), NOW)
+    finally:
+        await observer.close()
+
+
+def running(index: int, **changes: Any) -> ObservedPod:
+    """Return the pod of a node."""
+    values = {"name": f"x-{index}", "index": index, "phase": "Running", "running": True, "ip": f"10.0.0.{index}"}
+    return pod(**{**values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("second", "expected"),
+    [
+        (running(1), ["10.0.0.0"]),
+        (running(1, phase="Succeeded", running=False, exit_code=0), ["10.0.0.0"]),
+        (running(1, phase="Pending", running=False), []),
+        (running(1, phase="Failed", running=False, exit_code=1), []),
+        (running(0, name="x-0-earlier", created="2026-01-01T11:00:00Z"), []),
+    ],
+    ids=["runs", "is done", "waits", "failed", "is not there"],
+)
+async def test_the_first_of_several_pods_is_asked(asked: list[str], second: ObservedPod, expected: list[str]) -> None:
+    """And only once the others do their part: before that there is nothing to show."""
+    seen = await observed(2, second, running(0))
+    assert asked == expected
+    assert seen.pod == running(0)
+    assert seen.followers == (() if second.index == 0 else (second,))
+    assert (seen.progress is not None) == bool(expected)
+
+
+async def test_the_number_of_an_only_pod_is_not_looked_at(asked: list[str]) -> None:
+    """Annotations of pods are the user's to give."""
+    seen = await observed(1, running(3))
+    assert (seen.pod, seen.followers, asked) == (running(3), (), ["10.0.0.3"])
