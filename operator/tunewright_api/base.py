@@ -107,9 +107,9 @@ ModelUri = _uri_type(
     "a model URI: use hf://organisation/name, s3://bucket/prefix or pvc://claim/path",
 )
 DataUri = _uri_type(
-    rf"^(s3://{_BUCKET}|pvc://{_CLAIM}|hf://datasets/{_HUB_NAME}/{_HUB_NAME}){_PATH}$",
+    rf"^(s3://{_BUCKET}{_PATH}|pvc://{_CLAIM}{_PATH}|hf://datasets/{_HUB_NAME}/{_HUB_NAME}({_PATH})?)$",
     "a data URI: use s3://bucket/key, pvc://claim/path or hf://datasets/organisation/name/path, ending in .jsonl, "
-    ".json, .csv or .parquet",
+    ".json, .csv or .parquet, or hf://datasets/organisation/name for a split of a data set",
 )
 OutputUri = _uri_type(
     rf"^(s3://{_BUCKET}|pvc://{_CLAIM}){_PATH}/?$",
@@ -173,6 +173,11 @@ ObjectName = _matches(
 )
 FineTuneJobName = _matches(
     r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", "the name of a FineTuneJob: lower-case letters, digits and '-'", 45
+)
+SplitName = _matches(
+    r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$",
+    "the name of a split: use a name such as train, and maxSamples for a part",
+    128,
 )
 HubRepository = _matches(rf"^{_HUB_NAME}/{_HUB_NAME}$", "a repository: use organisation/name", 96)
 HubBranch = _matches(r"^[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)*$", "a branch: use main or v1.2", 128)

@@ -52,8 +52,8 @@ def check_rows(run: TrainRun, settings: StorageSettings) -> Rows:
     return Rows(data.train_rows, data.validation_rows or None, data.format.name)
 
 
-def _fetch(dataset: Dataset, settings: StorageSettings, folder: Path) -> dict[str, Path]:
-    """Return where each file lies on this machine, by URI."""
+def _fetch(dataset: Dataset, settings: StorageSettings, folder: Path) -> dict[str, dict[str, Path]]:
+    """Return where the file of each source lies on this machine, by the source's address and the file's URI."""
     from tunewright_trainer.storage import Storage
 
     storage = Storage(settings, local=True)
@@ -69,7 +69,7 @@ def _fetch(dataset: Dataset, settings: StorageSettings, folder: Path) -> dict[st
         raise _OutOfReach(f"the files have {size_bytes / 1e9:.1f} GB, more than is fetched for a look")
     paths = {uri: storage.local_path(uri) or folder / str(index) for index, uri in enumerate(uris)}
     storage.download([(uri, files[uri], paths[uri]) for uri in uris if uri.startswith("s3://")])
-    return paths
+    return {uri: {uri: path} for uri, path in paths.items()}
 
 
 def rows_per_step(run: TrainRun) -> int:

@@ -6,6 +6,7 @@ from tests.rule_cases.case import PREFIX, TRAIN, Case, dataset, hub, selecting
 
 REVISION = "model.revision is only for hf:// models"
 SOURCE_REVISION = "revision of a data source is only for hf://datasets/..."
+SPLIT = "split of a data source is only for a data set as a whole"
 HUB_NAME = "hub.repository may not have"
 HUB_BRANCH = "hub.revision is a branch"
 VALIDATION = "dataset.validation and dataset.validationFraction exclude each other"
@@ -36,6 +37,10 @@ BLOCK_RULES = (
         False,
         {"dataset": {"train": [{"uri": "s3://bucket/train.jsonl", "revision": "v1"}]}},
         SOURCE_REVISION,
+    ),
+    *(
+        Case(f"split of {uri}", uri.endswith("name"), {"dataset": {"train": [{"uri": uri, "split": "test.v1"}]}}, SPLIT)
+        for uri in ("hf://datasets/org/name", "hf://datasets/org/name/train.jsonl", "s3://bucket/name.csv")
     ),
     Case("hub repository", True, hub(repository="my-org/Name-1.0_x"), HUB_NAME),
     *(

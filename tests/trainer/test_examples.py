@@ -34,7 +34,7 @@ def task_of(name: str, model: Path, folder: Path, **hyperparameters: Any) -> Wor
     run = run.model_copy(update={"nodes": 1})
     files = example_data()
     sources = [*run.dataset.train, *(run.dataset.validation or [])]
-    paths = {source.address: files[f"docstrings/{source.uri.rpartition('/')[2]}"] for source in sources}
+    paths = {s.address: {s.uri: files[f"docstrings/{s.uri.rpartition('/')[2]}"]} for s in sources}
     seed, objective = run.hyperparameters.seed, run.objective
     data = prepare(run.dataset, paths, folder / "data", seed, Stop(), ignore, objective.type, objective.reward_columns)
     output = folder / "output"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,33 @@ def test_from_the_hub_to_the_hub(bucket: Bucket, hub: HubServer, tmp_path: Path)
     again = run(bucket, hub, make_settings(tmp_path / "again"), **spec)
     assert again.cached is False
     assert again.run_key != report.run_key
+
+
+def test_a_split_is_read_file_by_file(bucket: Bucket, hub: HubServer, tmp_path: Path) -> None:
+    """All rows of the split's files, in order; run.json names them, and a commit to another file is another run."""
+    bucket.fill()
+    lines = ROWS.splitlines(keepends=True)
+    files = {
+        "data/train-00000-of-00002.jsonl": "".join(lines[:2]).encode(),
+        "data/train-00001-of-00002.jsonl": "".join(lines[2:]).encode(),
+        "data/test-00000-of-00001.jsonl": b"broken",
+    }
+    hub.add("dataset", "org/shards", files)
+    spec = {"dataset": {"train": [{"uri": "hf://datasets/org/shards"}]}, "output": {"uri": f"s3://{bucket.name}/out"}}
+    settings = make_settings(tmp_path / "work")
+    report = run(bucket, hub, settings, **spec)
+    assert report.exit_code == 0
+    written = (settings.work / "data/train.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in written] == [json.loads(line) for line in lines]
+    (data,) = bucket.json(f"out/{report.run_key}/{WRITER}/run.json")["inputs"]["data"]
+    assert data["uri"] == "hf://datasets/org/shards#train"
+    assert data["files"] == list(files)[:2]
+    assert data["bytes"] == len(ROWS.encode())
+    assert not hub.sent("test-00000")
+    bad = {"dataset": {"train": [{"uri": "hf://datasets/org/shards", "split": "test"}]}}
+    failed = run(bucket, hub, make_settings(tmp_path / "bad"), **{**spec, **bad})
+    assert failed.reason == "InvalidData"
+    assert "hf://datasets/org/shards/data/test-00000-of-00001.jsonl: line 1: not valid JSON" in failed.message
 
 
 def test_a_failed_push_is_made_up_for_without_training(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -56,7 +56,7 @@ class BadRows(InvalidData):
 
 def prepare(
     dataset: Dataset,
-    paths: Mapping[str, Path],
+    paths: Mapping[str, Mapping[str, Path]],
     folder: Path,
     seed: int,
     stop: Stop,
@@ -68,7 +68,7 @@ def prepare(
 
     Args:
         dataset: What is wanted.
-        paths: Where each source lies on this machine, by its address.
+        paths: Where the files of each source lie on this machine: by the source's address, in order by the file's URI.
         folder: Where train.jsonl and validation.jsonl go.
         seed: Chooses the rows of validationFraction.
         stop: Ends the work when it is requested.
@@ -121,7 +121,7 @@ class _Preparation:
         dataset: Dataset,
         objective: ObjectiveType,
         reward_columns: Sequence[str],
-        paths: Mapping[str, Path],
+        paths: Mapping[str, Mapping[str, Path]],
         seed: int,
         stop: Stop,
         advance: Advance,
@@ -144,17 +144,23 @@ class _Preparation:
     def _write_source(self, source: DataSource, output: TextIO) -> int:
         written = 0
         copies = _Copies(source.weight, self._seed)
-        for seen, row in enumerate(read_rows(self._paths[source.address], source.uri, self._advance)):
+        for seen, (uri, row) in enumerate(self._rows(source)):
             if seen == source.max_samples or len(self.bad) >= MAX_BAD_ROWS:
                 break
             if seen % STOP_CHECK_ROWS == 0:
                 self._stop.check()
-            values = self._normalised(source.uri, row)
+            values = self._normalised(uri, row)
             if values is not None:
                 count = copies.next()
                 output.write((json.dumps(values, ensure_ascii=False) + "\n") * count)
                 written += count
         return written
+
+    def _rows(self, source: DataSource) -> Iterator[tuple[str, Row | BadRow]]:
+        """Yield the rows of all files of a source, each with the file's URI."""
+        for uri, path in self._paths[source.address].items():
+            for row in read_rows(path, uri, self._advance):
+                yield uri, row
 
     def _normalised(self, uri: str, row: Row | BadRow) -> dict[str, Any] | None:
         if isinstance(row, Row):

@@ -9,7 +9,7 @@ from typing import Any
 from tunewright_api.run_config import RECIPE_VERSION, TrainRun
 from tunewright_api.run_report import EvaluationResult, RunPlan
 from tunewright_trainer.dataset import PreparedData
-from tunewright_trainer.inputs import Inputs
+from tunewright_trainer.inputs import Inputs, SourceFiles
 from tunewright_trainer.protocol import ResultEvent
 
 HUB_PREFIX = "hf://"
@@ -69,9 +69,7 @@ def run_json(finished: Finished) -> str:
         "inputs": {
             "model": {"uri": inputs.model.uri, "version": inputs.model.version},
             **_adapter_input(inputs),
-            "data": [
-                {"uri": uri, "version": file.version, "bytes": file.size_bytes} for uri, file in inputs.data.items()
-            ],
+            "data": [_data_input(address, found) for address, found in inputs.data.items()],
             "rewardModels": [{"uri": uri, "digest": digest} for uri, digest in inputs.reward_versions.items()],
         },
         "data": {"format": finished.data.format.name, "why": finished.data.format.why},
@@ -82,6 +80,11 @@ def run_json(finished: Finished) -> str:
         "endedAt": finished.ended_at,
     }
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+
+
+def _data_input(address: str, found: SourceFiles) -> dict[str, Any]:
+    document = {"uri": address, "version": found.version, "bytes": found.size_bytes}
+    return {**document, "files": [file.name for file in found.files]} if found.source.is_data_set else document
 
 
 def _adapter_input(inputs: Inputs) -> dict[str, Any]:
@@ -124,8 +127,8 @@ def card(finished: Finished) -> str:
             "## Data",
             "",
             *[
-                f"- `{uri}` ({file.size_bytes} bytes, version `{file.version}`)"
-                for uri, file in finished.inputs.data.items()
+                f"- `{address}` ({found.size_bytes} bytes, version `{found.version}`)"
+                for address, found in finished.inputs.data.items()
             ],
             "",
             f"{finished.plan.train_rows} rows to train on, {finished.plan.validation_rows or 0} to evaluate on, "
@@ -156,9 +159,8 @@ def card_on_hub(card: str, repository: str, revision: str | None) -> str:
 
 
 def _hub_datasets(inputs: Inputs) -> list[str]:
-    names = (
-        "/".join(uri.removeprefix(DATASET_PREFIX).split("/")[:2]) for uri in inputs.data if uri.startswith(HUB_PREFIX)
-    )
+    uris = (found.source.uri for found in inputs.data.values())
+    names = ("/".join(uri.removeprefix(DATASET_PREFIX).split("/")[:2]) for uri in uris if uri.startswith(HUB_PREFIX))
     unique = list(dict.fromkeys(names))
     return ["datasets:", *(f"- {json.dumps(name)}" for name in unique)] if unique else []
 

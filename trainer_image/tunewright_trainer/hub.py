@@ -1,9 +1,10 @@
-"""The Hugging Face Hub, or a server with its API: base models (hf://organisation/name) and files of data sets
-(hf://datasets/organisation/name/path). The token is the one that the hub client finds in HF_TOKEN."""
+"""The Hugging Face Hub, or a server with its API: base models (hf://organisation/name), data sets
+(hf://datasets/organisation/name) and files of them. The token is the one that the hub client finds in HF_TOKEN."""
 
 from __future__ import annotations
 
 import logging
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from tunewright_api.run_config import HubSettings
+from tunewright_api.v1alpha1.parts import DEFAULT_SPLIT, DataSource
 from tunewright_trainer.errors import (
     AccessDenied,
     HubUnavailable,
@@ -33,7 +35,8 @@ from tunewright_trainer.errors import (
     MissingModel,
     TrainerError,
 )
-from tunewright_trainer.transfer import Advance, Stop, StoredFile
+from tunewright_trainer.hub_splits import README, split_files
+from tunewright_trainer.transfer import Advance, Stop, StoredFile, ignore
 
 RETRY_SECONDS = 90.0
 """How long is waited in all between the tries of one call while the hub does not answer."""
@@ -81,9 +84,9 @@ def connect(settings: HubSettings) -> HfApi:
 
 
 def split_data_uri(uri: str) -> tuple[str, str]:
-    """Return repository and path of hf://datasets/organisation/name/path."""
-    organisation, name, path = uri.removeprefix(DATASET_PREFIX).split("/", 2)
-    return f"{organisation}/{name}", path
+    """Return repository and path of hf://datasets/organisation/name/path; no path, for a whole data set, is empty."""
+    organisation, name, *path = uri.removeprefix(DATASET_PREFIX).split("/", 2)
+    return f"{organisation}/{name}", "".join(path)
 
 
 def resolve(
@@ -119,19 +122,33 @@ def resolve(
     return retried(subject, settings, stop, call, retry_seconds=retry_seconds)
 
 
-def find_data_file(uri: str, revision: str | None, settings: HubSettings, stop: Stop) -> StoredFile:
-    """Describe a file of a data set; its version is the commit. Raises as `resolve` does, and:
+def find_data(source: DataSource, settings: HubSettings, stop: Stop) -> tuple[StoredFile, ...]:
+    """Describe the file of a data set that a source names, or those of its split; their version is the commit.
+
+    Raises as `resolve` does, and:
 
     Raises:
-        MissingFile: The data set has no such file.
+        MissingFile: The data set has no such file or split.
+        InvalidInput: Which files a split has cannot be told; see `split_files`.
     """
-    repository, path = split_data_uri(uri)
-    snapshot = resolve("dataset", repository, revision, settings, stop)
-    for file in snapshot.files:
-        if file.name == path:
-            return StoredFile(path.rpartition("/")[2], file.size_bytes, snapshot.commit)
-    shown = ", ".join(file.name for file in snapshot.files[:10]) or "none"
-    raise MissingFile(f"{uri}: the data set has no file {path!r} at commit {snapshot.commit[:12]}; its files: {shown}")
+    repository, path = split_data_uri(source.uri)
+    snapshot = resolve("dataset", repository, source.revision, settings, stop)
+    files = {file.name: StoredFile(file.name, file.size_bytes, snapshot.commit) for file in snapshot.files}
+    if source.is_data_set:
+        readme = _readme(snapshot, settings, stop) if README in files else ""
+        return tuple(files[name] for name in split_files(source.uri, files, readme, source.split or DEFAULT_SPLIT))
+    if path in files:
+        return (files[path],)
+    shown = ", ".join(list(files)[:10]) or "none"
+    raise MissingFile(
+        f"{source.uri}: the data set has no file {path!r} at commit {snapshot.commit[:12]}; its files: {shown}"
+    )
+
+
+def _readme(snapshot: HubSnapshot, settings: HubSettings, stop: Stop) -> str:
+    with tempfile.TemporaryDirectory(prefix="tunewright-") as folder:
+        download(snapshot, [README], Path(folder), settings, stop, ignore)
+        return (Path(folder) / README).read_text(encoding="utf-8", errors="replace")
 
 
 def download(

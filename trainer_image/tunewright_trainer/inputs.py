@@ -37,18 +37,37 @@ class ModelInput:
 
 
 @dataclass(frozen=True)
+class SourceFiles:
+    """What a data source stands for: a file, or the files of a split in their order."""
+
+    source: DataSource
+    files: tuple[StoredFile, ...]
+
+    @property
+    def version(self) -> str:
+        """Changes whenever the rows do; the files of a split share a commit."""
+        return self.files[0].version
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of all files."""
+        return sum(file.size_bytes for file in self.files)
+
+
+@dataclass(frozen=True)
 class Inputs:
     """Everything that goes into a run."""
 
     model: ModelInput
-    data: Mapping[str, StoredFile]
+    data: Mapping[str, SourceFiles]
+    """By the source's address."""
     reward_models: tuple[RewardModelInput, ...] = ()
     adapter: StartAdapter | None = None
 
     @property
     def data_versions(self) -> dict[str, str]:
-        """Version and size of every data file, by address."""
-        return {uri: f"{file.version}:{file.size_bytes}" for uri, file in self.data.items()}
+        """Version and size of every data source, by address."""
+        return {address: f"{found.version}:{found.size_bytes}" for address, found in self.data.items()}
 
     @property
     def reward_versions(self) -> dict[str, str]:
@@ -62,7 +81,7 @@ class Inputs:
         models = sum(model.size_bytes for model in (self.model, *others))
         rewards = sum(reward.manifest.size_bytes for reward in self.reward_models)
         adapter = self.adapter.size_bytes if self.adapter is not None else 0
-        return models + rewards + adapter + sum(file.size_bytes for file in self.data.values())
+        return models + rewards + adapter + sum(found.size_bytes for found in self.data.values())
 
     def is_own_model(self, model: ModelInput) -> bool:
         """Tell whether a model is the one that is trained."""
@@ -101,21 +120,22 @@ def find_model_at(uri: str, revision: str | None, settings: HubSettings, storage
     return ModelInput(uri, model_files.model_version(files), tuple(files))
 
 
-def find_data(run: TrainRun, storage: Storage, stop: Stop) -> dict[str, StoredFile]:
-    """Find all data files, by address.
+def find_data(run: TrainRun, storage: Storage, stop: Stop) -> dict[str, SourceFiles]:
+    """Find the files of all data sources, by address.
 
     Raises:
         MissingFile: One is not there.
     """
 
-    def find(source: DataSource) -> StoredFile:
+    def find(source: DataSource) -> tuple[StoredFile, ...]:
         if not source.uri.startswith("hf://"):
-            return storage.stat(source.uri)
+            return (storage.stat(source.uri),)
         from tunewright_trainer import hub
 
-        return hub.find_data_file(source.uri, source.revision, run.hub, stop)
+        return hub.find_data(source, run.hub, stop)
 
-    return {source.address: find(source) for source in _sources(run)}
+    sources = {source.address: source for source in [*run.dataset.train, *(run.dataset.validation or [])]}
+    return {address: SourceFiles(source, find(source)) for address, source in sources.items()}
 
 
 def fetch_model(run: TrainRun, model: ModelInput, storage: Storage, folder: Path, stop: Stop, advance: Advance) -> Path:
@@ -148,32 +168,29 @@ def fetch_data(
     Raises:
         InvalidData: Rows or files are unusable.
     """
-    paths: dict[str, Path] = {}
+    paths: dict[str, dict[str, Path]] = {}
     downloads = []
-    uris = {source.address: source.uri for source in _sources(run)}
-    for index, (address, file) in enumerate(inputs.data.items()):
-        uri = uris[address]
+    for index, (address, found) in enumerate(inputs.data.items()):
+        uri = found.source.uri
         if uri.startswith("hf://"):
-            paths[address] = _fetch_from_hub(run, uri, file, folder / "raw" / str(index), stop, advance)
+            paths[address] = _fetch_from_hub(run, found, folder / "raw" / str(index), stop, advance)
         elif (mounted := storage.local_path(uri)) is not None:
-            paths[address] = mounted
-            advance(file.size_bytes)
+            paths[address] = {uri: mounted}
+            advance(found.size_bytes)
         else:
-            paths[address] = folder / "raw" / f"{index}-{file.name}"
-            downloads.append((uri, file, paths[address]))
+            (file,) = found.files
+            paths[address] = {uri: folder / "raw" / f"{index}-{file.name}"}
+            downloads.append((uri, file, paths[address][uri]))
     storage.download(downloads, advance)
     seed, objective = run.hyperparameters.seed, run.objective
     return dataset.prepare(run.dataset, paths, folder, seed, stop, ignore, objective.type, objective.reward_columns)
 
 
-def _fetch_from_hub(run: TrainRun, uri: str, file: StoredFile, folder: Path, stop: Stop, advance: Advance) -> Path:
+def _fetch_from_hub(run: TrainRun, found: SourceFiles, folder: Path, stop: Stop, advance: Advance) -> dict[str, Path]:
+    """Fetch the files of a source; return where each one lies, by its URI."""
     from tunewright_trainer import hub
 
-    repository, path = hub.split_data_uri(uri)
-    snapshot = hub.HubSnapshot("dataset", repository, file.version)
-    hub.download(snapshot, [path], folder, run.hub, stop, advance)
-    return folder / path
-
-
-def _sources(run: TrainRun) -> list[DataSource]:
-    return [*run.dataset.train, *(run.dataset.validation or [])]
+    repository, _ = hub.split_data_uri(found.source.uri)
+    names = [file.name for file in found.files]
+    hub.download(hub.HubSnapshot("dataset", repository, found.version), names, folder, run.hub, stop, advance)
+    return {f"{hub.DATASET_PREFIX}{repository}/{name}": folder / name for name in names}

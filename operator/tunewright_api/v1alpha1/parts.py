@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from tunewright_api.base import ArtifactUri, DataUri, FineTuneJobName, ModelUri, ObjectName, Rule, SpecModel
+from tunewright_api.base import (
+    ArtifactUri,
+    DataUri,
+    FineTuneJobName,
+    ModelUri,
+    ObjectName,
+    Rule,
+    SpecModel,
+    SplitName,
+)
 from tunewright_api.extra import Extra
 
 DType = Literal["Auto", "Float32", "BFloat16", "Float16"]
@@ -14,6 +24,7 @@ DataFormat = Literal[
     "Auto", "Text", "PromptCompletion", "Messages", "Alpaca", "ShareGPT", "Preference", "UnpairedPreference", "Prompts",
     "Labelled",
 ]  # fmt: skip
+DEFAULT_SPLIT = "train"
 DEFAULT_BATCH_SIZE = 4
 DEFAULT_GRADIENT_ACCUMULATION_STEPS = 4
 DEFAULT_MAX_SEQUENCE_LENGTH = 1024
@@ -85,17 +96,22 @@ class Model(SpecModel):
 
 
 class DataSource(SpecModel):
-    """One file of training or validation rows."""
+    """One file of training or validation rows, or one split of a data set on the Hub."""
 
     uri: DataUri = Field(
         description="A jsonl, json, csv or parquet file: s3://bucket/key, pvc://claim/path or a file of a data set on "
-        "the Hub, hf://datasets/organisation/name/path."
+        "the Hub, hf://datasets/organisation/name/path; or a data set as a whole, hf://datasets/organisation/name."
     )
     revision: Annotated[str, Field(min_length=1, max_length=128)] | None = Field(
         default=None, description="Branch, tag or commit of an hf:// data set. Default: its main branch."
     )
+    split: SplitName | None = Field(
+        default=None,
+        description="Split of a data set that is named as a whole; its files are found as the datasets library does. "
+        "Default: train.",
+    )
     max_samples: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = Field(
-        default=None, description="Take only this many rows from the start of the file. Default: all."
+        default=None, description="Take only this many rows from the start of the file or split. Default: all."
     )
     weight: float = Field(
         default=1.0,
@@ -110,12 +126,24 @@ class DataSource(SpecModel):
             "revision of a data source is only for hf://datasets/...: an s3:// or pvc:// file has no revisions",
             lambda s: s.revision is None or s.uri.startswith("hf://"),
         ),
+        Rule(
+            "!has(self.split) || self.uri.matches('^hf://datasets/[^/]+/[^/]+$')",
+            "split of a data source is only for a data set as a whole, hf://datasets/organisation/name: a file has no "
+            "splits",
+            lambda s: s.split is None or s.is_data_set,
+        ),
     )
 
     @property
+    def is_data_set(self) -> bool:
+        """Tell whether a whole data set on the Hub is named, of which one split is read."""
+        return re.fullmatch("hf://datasets/[^/]+/[^/]+", self.uri) is not None
+
+    @property
     def address(self) -> str:
-        """URI and revision: what tells one file of rows from another."""
-        return self.uri if self.revision is None else f"{self.uri}@{self.revision}"
+        """URI, revision and split: what tells the rows of one source from another's."""
+        uri = self.uri if self.revision is None else f"{self.uri}@{self.revision}"
+        return f"{uri}#{self.split or DEFAULT_SPLIT}" if self.is_data_set else uri
 
 
 class Columns(SpecModel):

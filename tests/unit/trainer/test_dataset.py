@@ -27,7 +27,7 @@ def run(
     paths = {}
     for name, content in files.items():
         (folder / name).write_text(content)
-        paths[f"s3://data/{name}"] = folder / name
+        paths[f"s3://data/{name}"] = {f"s3://data/{name}": folder / name}
     document = {"train": [{"uri": uri} for uri in paths], **dataset}
     parsed = Dataset.model_validate(document)
     return prepare(parsed, paths, folder / "out", seed, stop or Stop(), ignore)
@@ -54,6 +54,23 @@ def test_max_samples_takes_the_first_rows(tmp_path: Path) -> None:
         train=[{"uri": "s3://data/a.jsonl", "maxSamples": 2}, {"uri": "s3://data/b.jsonl", "maxSamples": 5}],
     )
     assert prompts(data.train_path) == ["p0", "p1", "p9"]
+
+
+def test_the_files_of_a_split_are_one_source(tmp_path: Path) -> None:
+    """Their rows follow each other, maxSamples counts over all of them, and a bad row is named by its own file."""
+    uris = [f"hf://datasets/org/name/{name}.jsonl" for name in ("z", "a")]
+    paths = {uri: tmp_path / uri.rpartition("/")[2] for uri in uris}
+    paths[uris[0]].write_text(rows(3))
+    paths[uris[1]].write_text(rows(1, 7) + "broken\n")
+    source = {"uri": "hf://datasets/org/name", "maxSamples": 4}
+
+    def prepared(source: dict[str, Any]) -> PreparedData:
+        dataset = Dataset.model_validate({"train": [source]})
+        return prepare(dataset, {"hf://datasets/org/name#train": paths}, tmp_path / "out", 1, Stop(), ignore)
+
+    assert prompts(prepared(source).train_path) == ["p0", "p1", "p2", "p7"]
+    with pytest.raises(BadRows, match=r"hf://datasets/org/name/a\.jsonl: line 2"):
+        prepared({**source, "maxSamples": 5})
 
 
 def test_weights_say_how_often_rows_are_used(tmp_path: Path) -> None:
@@ -166,8 +183,9 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, name: str) -> None:
     del content
     tracemalloc.reset_peak()
     base = tracemalloc.get_traced_memory()[0]
-    dataset = Dataset.model_validate({"train": [{"uri": f"s3://data/{name}"}]})
-    data = prepare(dataset, {f"s3://data/{name}": tmp_path / name}, tmp_path / "out", 1, Stop(), ignore)
+    uri = f"s3://data/{name}"
+    dataset = Dataset.model_validate({"train": [{"uri": uri}]})
+    data = prepare(dataset, {uri: {uri: tmp_path / name}}, tmp_path / "out", 1, Stop(), ignore)
     peak = tracemalloc.get_traced_memory()[1] - base
     tracemalloc.stop()
     assert data.train_rows == 12_000

@@ -10,6 +10,7 @@ from huggingface_hub import constants
 
 from tests.hub_server import Fault, HubServer, User
 from tunewright_api.run_config import HubSettings
+from tunewright_api.v1alpha1.parts import DataSource
 from tunewright_trainer import hub
 from tunewright_trainer.errors import (
     AccessDenied,
@@ -24,6 +25,12 @@ from tunewright_trainer.transfer import Stop, ignore
 FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"tensors", "evil.bin": b"pickle"}
 SECRET = "hf-token"
 ROWS = b'{"text": "a"}\n'
+SPLIT = {
+    "README.md": b"---\nconfigs:\n- config_name: a\n  data_files: [{split: test, path: 'rows/*'}]\n---\n",
+    "rows/2.jsonl": ROWS * 2,
+    "rows/1.jsonl": ROWS,
+    "train.jsonl": ROWS,
+}
 
 
 @pytest.fixture
@@ -38,6 +45,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         running.add("model", "org/private", FILES, private=True)
         running.add("model", "org/gated", FILES, gated=True)
         running.add("dataset", "org/rows", {"README.md": b"#", "data/train.jsonl": ROWS})
+        running.add("dataset", "org/split", SPLIT)
         running.add("dataset", "org/secret", {"train.jsonl": ROWS}, private=True)
         running.tokens["hf_member"] = User("alice", ("org",))
         running.tokens["hf_stranger"] = User("bob")
@@ -159,30 +167,47 @@ def test_a_download_that_breaks_off_is_no_model(server: HubServer, tmp_path: Pat
 def test_a_file_of_a_data_set_is_pinned_and_fetched(server: HubServer, tmp_path: Path) -> None:
     """Its version is the commit, so that the run key has it."""
     uri = "hf://datasets/org/rows/data/train.jsonl"
-    file = hub.find_data_file(uri, "main", settings(server), Stop())
+    (file,) = hub.find_data(DataSource(uri=uri, revision="main"), settings(server), Stop())
     commit = server.repositories["dataset", "org/rows"].branches["main"][0].oid
-    assert (file.name, file.size_bytes, file.version) == ("train.jsonl", len(ROWS), commit)
+    assert (file.name, file.size_bytes, file.version) == ("data/train.jsonl", len(ROWS), commit)
     snapshot = hub.HubSnapshot("dataset", "org/rows", commit)
     hub.download(snapshot, ["data/train.jsonl"], tmp_path, settings(server), Stop(), ignore)
     assert (tmp_path / "data/train.jsonl").read_bytes() == ROWS
 
 
+def test_a_split_is_pinned_and_only_its_files_are_described(server: HubServer) -> None:
+    """The README of that commit says which files they are; the rows themselves are not fetched yet."""
+    source = DataSource(uri="hf://datasets/org/split", split="test", revision="main")
+    files = hub.find_data(source, settings(server), Stop())
+    commit = server.repositories["dataset", "org/split"].branches["main"][0].oid
+    assert [(f.name, f.size_bytes) for f in files] == [("rows/1.jsonl", len(ROWS)), ("rows/2.jsonl", 2 * len(ROWS))]
+    assert {file.version for file in files} == {commit}
+    assert {request for request in server.sent("/resolve/") if not request.endswith("README.md")} == set()
+
+
+def test_the_split_of_a_data_set_without_a_readme_is_train(server: HubServer) -> None:
+    """Where nothing is said."""
+    server.add("dataset", "org/bare", {"train.csv": b"text\na\n", "test.csv": b"text\nb\n"})
+    (file,) = hub.find_data(DataSource(uri="hf://datasets/org/bare"), settings(server), Stop())
+    assert file.name == "train.csv"
+
+
 @pytest.mark.parametrize(
-    ("uri", "revision", "message"),
+    ("source", "message"),
     [
         (
-            "org/rows/train.jsonl",
-            None,
+            {"uri": "hf://datasets/org/rows/train.jsonl"},
             r"has no file 'train.jsonl' at commit [0-9a-f]{12}; its files: README.md, data/train",
         ),
-        ("org/secret/train.jsonl", None, "hf://datasets/org/secret: the hub has no such data set, or it is private"),
-        ("org/rows/data/train.jsonl", "v9", "no revision 'v9': set the data source's revision"),
+        ({"uri": "hf://datasets/org/secret/train.jsonl"}, "hf://datasets/org/secret: the hub has no such data set, or"),
+        ({"uri": "hf://datasets/org/rows/data/train.jsonl", "revision": "v9"}, "no revision 'v9': set the data source"),
+        ({"uri": "hf://datasets/org/split"}, "hf://datasets/org/split: .* no split 'train': set split to one of test"),
     ],
 )
-def test_missing_data_is_explained(server: HubServer, uri: str, revision: str | None, message: str) -> None:
-    """Data set, file or revision."""
+def test_missing_data_is_explained(server: HubServer, source: dict[str, str], message: str) -> None:
+    """Data set, file, revision or split."""
     with pytest.raises(MissingFile, match=message):
-        hub.find_data_file(f"hf://datasets/{uri}", revision, settings(server), Stop())
+        hub.find_data(DataSource.model_validate(source), settings(server), Stop())
 
 
 def test_errors_of_xet_and_of_upload_threads() -> None:

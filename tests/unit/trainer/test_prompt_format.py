@@ -65,7 +65,16 @@ def prepared(tmp_path: Path, rows: list[dict[str, Any]], columns: tuple[str, ...
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     dataset = Dataset.model_validate({"train": [{"uri": "s3://data/rows.jsonl"}]})
-    return prepare(dataset, {"s3://data/rows.jsonl": path}, tmp_path / "out", 0, Stop(), ignore, "GRPO", columns)
+    return prepare(
+        dataset,
+        {"s3://data/rows.jsonl": {"s3://data/rows.jsonl": path}},
+        tmp_path / "out",
+        0,
+        Stop(),
+        ignore,
+        "GRPO",
+        columns,
+    )
 
 
 def test_columns_that_rewards_read_must_be_there(tmp_path: Path) -> None:
