@@ -107,6 +107,8 @@ SCHEMA = (
         True,
         {"tracking": {"tensorboard": True, "mlflow": {"uri": "http://mlflow.ml:5000/a", "experiment": "Team A"}}},
     ),
+    Case("offline run of W&B", True, {"tracking": {"wandb": {"project": "support bot", "entity": "team-a"}}}),
+    Case("W&B project by path", False, {"tracking": {"wandb": {"project": "team/bot"}}}, "tracking.wandb.project"),
     Case("tracking by file", False, {"tracking": {"mlflow": {"uri": "file:///tmp/x"}}}, "tracking.mlflow.uri"),
     Case("password in a URL", False, {"tracking": {"mlflow": {"uri": "http://a:b@host"}}}, "tracking.mlflow.uri"),
     Case("fraction of one", False, dataset(validationFraction=1.0), "dataset.validationFraction"),

@@ -1,4 +1,4 @@
-"""Tracking: TensorBoard files that TensorBoard reads, and a real MLflow server that shows the run."""
+"""Tracking: files that TensorBoard and `wandb sync` read, and a real MLflow server that shows the run."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.cluster import ports
 from tests.trainer.kit import MODEL_FILES, ROWS, make_run, make_settings
+from tests.wandb_server import WandbServer
 from tunewright_api.run_report import RunReport
 from tunewright_trainer import mlflow, supervisor
+from tunewright_trainer.wandb import OfflineRun
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -120,10 +122,57 @@ def test_tensorboard_reads_the_published_files(tmp_path: Path) -> None:
     assert abs(losses[0].wall_time - time.time()) < 600
 
 
+def sync(path: Path, home: Path) -> WandbServer:
+    """Send an offline run by W&B's own command; return what arrived."""
+    home.mkdir()
+    with WandbServer.start() as server:
+        # Nothing but its own variables: the command sees no account of whoever runs the tests.
+        environment = {"PATH": os.environ["PATH"], "HOME": str(home), "WANDB_BASE_URL": server.url}
+        environment |= {"WANDB_API_KEY": "0" * 40, "WANDB_ERROR_REPORTING": "false"}
+        command = [sys.executable, "-m", "wandb", "sync", str(path)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+    return server
+
+
+def test_wandb_sync_sends_the_published_run(tmp_path: Path) -> None:
+    """Numbers of a step in one row, what was asked for as the configuration, and the end."""
+    report = run(tmp_path, wandb={"project": "bots", "entity": "team"})
+    assert report.output is not None
+    (file,) = (tmp_path / "out").rglob("wandb/offline-run-*/run-*.wandb")
+    manifest = json.loads(Path(report.output.manifest_uri).read_text())
+    assert any(entry["path"].endswith(f"{file.parent.name}/{file.name}") for entry in manifest["files"])
+    server = sync(file.parent, tmp_path / "home")
+    shown = {name: server.run[name] for name in ("project", "entity", "displayName")}
+    assert shown == {"project": "bots", "entity": "team", "displayName": "support-bot"}
+    assert server.config["hyperparameters"]["value"]["learningRate"] == 2e-4
+    assert [row["_step"] for row in server.rows] == list(range(11))
+    assert [row["train/loss"] for row in server.rows[1:]] == pytest.approx([2.0 - step / 10 for step in range(1, 11)])
+    assert (server.rows[0]["eval/loss"], server.rows[10]["eval/loss"]) == (2.5, 1.25)
+    assert (server.summary["eval/loss"], server.exit_code) == (1.25, 0)
+
+
+def test_a_long_run_of_wandb_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records go on in the next block of the file where one ends; writing them opens no socket."""
+    with monkeypatch.context() as patched:
+        patched.delattr("socket.socket")
+        started = 1_795_000_000.5
+        offline = OfflineRun(tmp_path, "0a1b2c3d", project="p", entity="e", name="n", started=started, config={})
+        for step in range(1000):
+            numbers = {f"metric/{name}": step + name / 8 for name in range(step % 53 + 1)}
+            offline.write(started + step, step, numbers)
+        offline.finish(started + 1000)
+    assert offline.path.stat().st_size > 10 * 32768
+    server = sync(offline.path, tmp_path / "home")
+    rows = [{key: value for key, value in row.items() if key.startswith("metric/")} for row in server.rows]
+    assert rows == [{f"metric/{name}": step + name / 8 for name in range(step % 53 + 1)} for step in range(1000)]
+    assert [row["_runtime"] for row in server.rows] == list(range(1000))
+
+
 def test_without_tracking_there_are_no_files(tmp_path: Path) -> None:
     """Nothing is written that nobody asked for."""
     run(tmp_path)
-    assert not list((tmp_path / "out").rglob("tensorboard*"))
+    assert not [path for name in ("tensorboard*", "wandb*") for path in (tmp_path / "out").rglob(name)]
 
 
 def test_mlflow_shows_the_run(server: str, tmp_path: Path) -> None:

@@ -31,9 +31,10 @@ from tunewright_trainer.storage import Storage, join
 from tunewright_trainer.tensorboard import FILE_PREFIX as EVENT_FILE_PREFIX
 from tunewright_trainer.tracker import now
 from tunewright_trainer.transfer import Advance, ignore
+from tunewright_trainer.wandb import FILE_SUFFIX as OFFLINE_RUN_SUFFIX
 
 PARALLEL_UPLOADS = 4
-PUBLISHED_SUFFIXES = (".safetensors", ".json", ".jsonl", ".md", ".txt", ".jinja", ".log")
+PUBLISHED_SUFFIXES = (".safetensors", ".json", ".jsonl", ".md", ".txt", ".jinja", ".log", OFFLINE_RUN_SUFFIX)
 PUBLISHED_NAMES = ("tokenizer.model", "spiece.model")
 """Text, tensors and SentencePiece tables. Never a pickle: whoever loads one runs what its writer wanted."""
 

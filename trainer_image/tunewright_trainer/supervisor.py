@@ -51,7 +51,7 @@ from tunewright_trainer.settings import SupervisorSettings
 from tunewright_trainer.storage import Storage, join
 from tunewright_trainer.together import run_together
 from tunewright_trainer.tracker import Tracker, now
-from tunewright_trainer.tracking import TENSORBOARD_FOLDER, Trackers
+from tunewright_trainer.tracking import TENSORBOARD_FOLDER, WANDB_FOLDER, Trackers
 from tunewright_trainer.transfer import Stop
 from tunewright_trainer.worker_process import GRACE_SECONDS, WorkerProcess
 
@@ -363,6 +363,7 @@ def _clear(work: Path) -> None:
         OUTPUT_FOLDER,
         PUBLISHED_FOLDER,
         TENSORBOARD_FOLDER,
+        WANDB_FOLDER,
         "data",
         "model",
         "rewards",

@@ -10,10 +10,11 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 
+from tunewright_trainer.protobuf import double, integer, message, single, text
+
 FILE_PREFIX = "events.out.tfevents."
 _CASTAGNOLI = 0x82F63B78
 _MASK_DELTA = 0xA282EAD8
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 class EventFile:
@@ -29,13 +30,13 @@ class EventFile:
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{FILE_PREFIX}{int(started)}.{name}"
-        self.path.write_bytes(_record(_double(1, started) + _text(3, "brain.Event:2")))
+        self.path.write_bytes(_record(double(1, started) + text(3, "brain.Event:2")))
 
     def write(self, time: float, step: int, scalars: Mapping[str, float]) -> None:
         """Append numbers of a step, by tag; `time` is Unix time in seconds."""
-        values = b"".join(_field(1, _text(1, tag) + _float(2, value)) for tag, value in scalars.items())
+        values = b"".join(message(1, text(1, tag) + single(2, value)) for tag, value in scalars.items())
         with self.path.open("ab") as file:
-            file.write(_record(_double(1, time) + _integer(2, step) + _field(5, values)))
+            file.write(_record(double(1, time) + integer(2, step) + message(5, values)))
 
 
 def _record(data: bytes) -> bytes:
@@ -62,36 +63,3 @@ def _crc_of_byte(byte: int) -> int:
 
 
 _TABLE = tuple(_crc_of_byte(byte) for byte in range(256))
-
-
-def _key(number: int, kind: int) -> bytes:
-    return bytes((number << 3 | kind,))
-
-
-def _varint(value: int) -> bytes:
-    parts = bytearray()
-    while value > 0x7F:
-        parts.append(value & 0x7F | 0x80)
-        value >>= 7
-    parts.append(value)
-    return bytes(parts)
-
-
-def _integer(number: int, value: int) -> bytes:
-    return _key(number, _VARINT) + _varint(value)
-
-
-def _double(number: int, value: float) -> bytes:
-    return _key(number, _FIXED64) + struct.pack("<d", value)
-
-
-def _float(number: int, value: float) -> bytes:
-    return _key(number, _FIXED32) + struct.pack("<f", value)
-
-
-def _field(number: int, data: bytes) -> bytes:
-    return _key(number, _BYTES) + _varint(len(data)) + data
-
-
-def _text(number: int, text: str) -> bytes:
-    return _field(number, text.encode())

@@ -145,7 +145,7 @@ class FineTuneJobSpec(SpecModel):
         default=None, description="What each pod asks for. Default: one pod with one GPU."
     )
     pod: Pod | None = Field(default=None, description="Placement and identity of the pods.")
-    tracking: Tracking | None = Field(default=None, description="TensorBoard files and MLflow.")
+    tracking: Tracking | None = Field(default=None, description="TensorBoard files, MLflow and W&B.")
     retry: Retry | None = Field(default=None, description="Restarts and time limits. Mutable.")
     ttl_after_finished: Duration | None = Field(
         default=None,

@@ -26,6 +26,17 @@ class MLflow(SpecModel):
     )
 
 
+class Wandb(SpecModel):
+    """A run of Weights & Biases, written offline: the training pod talks to no server of W&B."""
+
+    project: Annotated[str, Field(pattern=r"^[A-Za-z0-9_. -]+$", max_length=128)] = Field(
+        description="Project that the run belongs to once it is sent."
+    )
+    entity: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=128)] | None = Field(
+        default=None, description="User or team that the project belongs to. Default: whoever sends the run."
+    )
+
+
 class Tracking(SpecModel):
     """Where the numbers of a run are shown besides status and metrics.jsonl. It does not take part in the run key."""
 
@@ -34,4 +45,9 @@ class Tracking(SpecModel):
     )
     mlflow: MLflow | None = Field(
         default=None, description="Log to an MLflow server. One that does not answer never slows or fails the run."
+    )
+    wandb: Wandb | None = Field(
+        default=None,
+        description="Publish an offline run of Weights & Biases with the result, in its folder wandb/; `wandb sync` "
+        "sends it.",
     )
