@@ -16,17 +16,27 @@ from tunewright_api.v1alpha1.finetunejob import KIND, MAX_NAME_LENGTH
 from tunewright_api.validation import InvalidDocument, Problem, parse_finetunejob
 from tunewright_cli.axolotl.data import convert_data
 from tunewright_cli.axolotl.draft import Draft, Kind, Note
+from tunewright_cli.axolotl.evaluation import convert_evaluation
 from tunewright_cli.axolotl.keys import CONFIG, report_left
 from tunewright_cli.axolotl.recipe import convert_dtype, convert_method, convert_objective
-from tunewright_cli.axolotl.sources import PLACEHOLDER, bucket_key
+from tunewright_cli.axolotl.results import convert_results
+from tunewright_cli.axolotl.sources import HUB_NAME, PLACEHOLDER, bucket_key
 from tunewright_cli.axolotl.templates import convert_template
-from tunewright_cli.axolotl.training import FLAGS, NUMBERS, TEXTS, WHOLE_NUMBERS, convert_training
+from tunewright_cli.axolotl.training import (
+    EXTRA_NUMBERS,
+    FLAGS,
+    NUMBERS,
+    TEXTS,
+    WHOLE_NUMBERS,
+    convert_training,
+)
 
 FIELDS: dict[str, str] = {
     **TEXTS,
     **WHOLE_NUMBERS,
     **NUMBERS,
     **FLAGS,
+    **dict.fromkeys(EXTRA_NUMBERS, "hyperparameters.extra"),
     "base_model": "model.uri",
     "bf16": "model.dtype",
     "fp16": "model.dtype",
@@ -45,11 +55,12 @@ FIELDS: dict[str, str] = {
     "reward_model": "objective.type",
     "num_labels": "objective.type",
     "train_on_inputs": "objective.sft.loss",
-    "rl_beta": "objective.dpo.beta, objective.kto.beta",
+    "rl_beta": "objective.dpo.beta, objective.kto.beta, objective.grpo.beta",
     "dpo_beta": "objective.dpo.beta",
-    "trl": "objective.dpo.beta, objective.kto.beta",
+    "trl": "objective.dpo.beta, objective.kto.beta, objective.grpo",
+    "dpo_loss_type": "objective.dpo.loss",
     "dpo_label_smoothing": "objective.dpo.labelSmoothing",
-    "max_prompt_len": "objective.dpo.maxPromptLength, objective.kto.maxPromptLength",
+    "max_prompt_len": "objective.dpo.maxPromptLength, objective.kto.maxPromptLength, objective.grpo.maxPromptLength",
     "kto_desirable_weight": "objective.kto.desirableWeight",
     "kto_undesirable_weight": "objective.kto.undesirableWeight",
     "center_rewards_coefficient": "objective.reward.centerRewards",
@@ -68,18 +79,38 @@ FIELDS: dict[str, str] = {
     "num_epochs": "hyperparameters.epochs",
     "max_steps": "hyperparameters.maxSteps",
     "lr_scheduler": "hyperparameters.scheduler",
+    "lr_scheduler_kwargs": "hyperparameters.extra",
     "warmup_ratio": "hyperparameters.warmupRatio",
     "warmup_steps": "hyperparameters.warmupRatio",
     "micro_batch_size": "hyperparameters.batchSize",
     "gradient_accumulation_steps": "hyperparameters.gradientAccumulationSteps",
     "batch_size": "hyperparameters.gradientAccumulationSteps",
     "optimizer": "hyperparameters.optimizer",
+    "optim_args": "hyperparameters.extra",
+    "neftune_noise_alpha": "hyperparameters.neftuneNoiseAlpha",
+    "noisy_embedding_alpha": "hyperparameters.neftuneNoiseAlpha",
+    "group_by_length": "hyperparameters.extra",
     "max_grad_norm": "hyperparameters.maxGradNorm",
     "gradient_checkpointing": "hyperparameters.gradientCheckpointing",
     "eval_strategy": "evaluation.strategy",
     "evaluation_strategy": "evaluation.strategy",
     "eval_steps": "evaluation.steps",
     "evals_per_epoch": "evaluation.strategy",
+    "load_best_model_at_end": "evaluation.loadBest",
+    "early_stopping_patience": "evaluation.earlyStopping",
+    "metric_for_best_model": "evaluation.metric",
+    "greater_is_better": "evaluation.metric",
+    "hub_model_id": "output.hub.repository",
+    "hub_revision": "output.hub.revision",
+    "hub_strategy": "output.hub",
+    "use_mlflow": "tracking.mlflow",
+    "mlflow_tracking_uri": "tracking.mlflow.uri",
+    "mlflow_experiment_name": "tracking.mlflow.experiment",
+    "use_tensorboard": "tracking.tensorboard",
+    "use_wandb": "tracking.wandb",
+    "wandb_project": "tracking.wandb.project",
+    "wandb_entity": "tracking.wandb.entity",
+    "wandb_mode": "tracking.wandb",
 }
 """Axolotl's key -> field of the spec, for all keys that are converted."""
 
@@ -114,7 +145,9 @@ def convert(config: Mapping[str, Any], name: str) -> Conversion:
     convert_template(draft, rows)
     convert_method(draft)
     convert_dtype(draft)
-    convert_training(draft)
+    convert_training(draft, objective)
+    convert_evaluation(draft, objective)
+    convert_results(draft)
     _plugins_and_tokens(draft)
     report_left(draft, CONFIG, frozenset(FIELDS))
     draft.set("output.uri", f"{PLACEHOLDER}/{name}")
@@ -158,7 +191,7 @@ def _model(draft: Draft) -> None:
         draft.note(Kind.ERROR, "base_model", "missing: say which model is trained")
     elif name.startswith("s3://"):
         draft.set("model.uri", name, "base_model")
-    elif re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*", name):
+    elif re.fullmatch(HUB_NAME, name):
         draft.set("model.uri", f"hf://{name}", "base_model")
     elif "/" in name:
         uri = f"{PLACEHOLDER}/{bucket_key(name)}"

@@ -15,8 +15,8 @@ SOURCE_FIELDS: dict[str, str] = {
     "path": "dataset.train[].uri",
     "data_files": "dataset.train[].uri",
     "name": "dataset.train[].uri",
-    "revision": "dataset.train[].uri",
-    "split": "dataset.train[].maxSamples",
+    "revision": "dataset.train[].revision",
+    "split": "dataset.train[].split, dataset.train[].maxSamples",
     "type": "dataset.format, dataset.columns, model.chatTemplate",
     "field": "dataset.columns.text",
     "field_messages": "dataset.columns.messages",
@@ -97,7 +97,7 @@ def _sources(draft: Draft, key: str, target: str, objective: ObjectiveType) -> l
     shapes = []
     for index, item in enumerate(given):
         keys = draft.inside(f"{key}[{index}]", item)
-        sources += files_of(keys)
+        sources += files_of(keys, "train" if key == "datasets" else "test")
         shapes.append(_rows(keys, objective))
         report_left(keys, SOURCE, frozenset(SOURCE_FIELDS))
     draft.set(target, sources or None, key)
@@ -120,6 +120,8 @@ def _validation_fraction(draft: Draft) -> None:
 def _rows(keys: Keys, objective: ObjectiveType) -> Rows | None:
     kind = keys.take("type")
     _conversation_keys(keys)
+    if objective == "GRPO":
+        return _prompt_rows(keys, kind)
     if kind is None:
         keys.note(Kind.ERROR, "type", "missing: rows that are tokenised already are not read")
         return None
@@ -286,6 +288,13 @@ def _reward_rows(keys: Keys, kind: Any) -> Rows | None:
         return None
     keys.note(Kind.DIFFERS, "type", _SYSTEM)
     return Rows("Preference", _REWARDS[kind])
+
+
+def _prompt_rows(keys: Keys, kind: Any) -> Rows:
+    if kind is not None:
+        text = f"{kind} is code of your own, and not run: write the rows that it makes, with their prompt and what "
+        keys.note(Kind.TO_DO, "type", text + "rewards read, to your own bucket, and give them as the data set")
+    return Rows("Prompts")
 
 
 def _other(given: str | None, usual: str) -> str | None:

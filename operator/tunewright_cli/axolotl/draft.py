@@ -59,6 +59,10 @@ class Keys:
         """Return what nobody has taken."""
         return {key: value for key, value in self._values.items() if key not in self._taken}
 
+    def value(self, key: str) -> Any:
+        """Return a value without taking it, for what another key means beside it; None where the key is unset."""
+        return self._values.get(key)
+
     def take(self, key: str) -> Any:
         """Return a value, None where the key is unset."""
         self._taken.add(key)

@@ -30,8 +30,9 @@ _MEMORY = "memory is managed by the trainer"
 _PREPARATION = "every run prepares its rows itself"
 _EVERY_STEP = "every step is reported"
 _HARDWARE = "set by the platform"
-_TRACKING = "there is no experiment tracking: progress is in status, metrics are in the published run"
-_HUB = "results are published to output.uri, not to the Hub"
+_TRACKING = "numbers go to TensorBoard files, MLflow or W&B: see tracking"
+_RUN_NAME = "runs are named after the FineTuneJob"
+_NO_PREDICTIONS = "no predictions are written"
 _PARALLEL = (
     "set resources.gpus (of each pod) and resources.nodes (pods): each GPU holds the whole model, and the global batch "
     "counts them as in Axolotl"
@@ -90,6 +91,8 @@ CONFIG = Unmapped(
         "push_dataset_to_hub": _PREPARATION,
         "dataloader_*": _PREPARATION,
         "precompute_ref_log_probs": _PREPARATION,
+        "dpo_padding_free": _MEMORY,
+        "dpo_use_logits_to_keep": _MEMORY,
         "rl_adapter_ref_model": "the reference is the model without its adapter, which is the same",
         "eot_tokens": "the end of every answer is learned, whatever the chat template writes there",
         "hf_use_auth_token": "access is a matter of the platform's Secrets",
@@ -115,17 +118,13 @@ CONFIG = Unmapped(
         "merge_method": "no influence on training",
     },
     not_converted={
-        "wandb_*": _TRACKING,
-        "use_wandb": _TRACKING,
-        "mlflow_*": _TRACKING,
-        "use_mlflow": _TRACKING,
-        "hf_mlflow_log_artifacts": _TRACKING,
+        "wandb_name": _RUN_NAME,
+        "wandb_run_id": _RUN_NAME,
+        "wandb_*": "numbers are tracked, nothing else: see tracking.wandb",
+        "mlflow_run_name": _RUN_NAME,
+        "hf_mlflow_log_artifacts": "results go to output.uri",
         "comet_*": _TRACKING,
         "use_comet": _TRACKING,
-        "use_tensorboard": _TRACKING,
-        "hub_model_id": _HUB,
-        "hub_strategy": _HUB,
-        "hub_revision": _HUB,
         "save_steps": _CHECKPOINTS,
         "saves_per_epoch": _CHECKPOINTS,
         "save_strategy": _CHECKPOINTS,
@@ -133,7 +132,6 @@ CONFIG = Unmapped(
         "save_first_step": _CHECKPOINTS,
         "resume_from_checkpoint": "a run starts from the model",
         "auto_resume_from_checkpoints": "a run starts from the model",
-        "early_stopping_patience": "a run goes on to its last step",
         "loss_watchdog_*": "a run whose loss grows goes on to its last step",
         "deepspeed": _PARALLEL,
         "fsdp*": _PARALLEL,
@@ -148,21 +146,18 @@ CONFIG = Unmapped(
         "auto_find_batch_size": "a run has the batch size that hyperparameters.batchSize says",
         "trust_remote_code": "code of a model's repository is not run; models that transformers knows need none",
         "tokenizer_legacy": "the model's own tokenizer config says it",
-        "group_by_length": "rows are drawn in random order",
         "shuffle_merged_datasets": "rows are drawn in random order",
-        "eval_table_size": "no predictions are written",
-        "eval_max_new_tokens": "no predictions are written",
-        "eval_table_max_new_tokens": "no predictions are written",
+        "eval_table_size": _NO_PREDICTIONS,
+        "eval_max_new_tokens": _NO_PREDICTIONS,
+        "eval_table_max_new_tokens": _NO_PREDICTIONS,
+        "dpo_generate_during_eval": _NO_PREDICTIONS,
         "do_causal_lm_eval": "the validation loss is measured, nothing else",
         "eval_causal_lm_metrics": "the validation loss is measured, nothing else",
         "do_bench_eval": "the validation loss is measured, nothing else",
         "bench_*": "the validation loss is measured, nothing else",
-        "metric_for_best_model": "the weights of the last step are published",
-        "greater_is_better": "the weights of the last step are published",
     },
     refused={
-        "load_best_model_at_end": f"the weights of the last step are published, not those of the best one; {_WITHOUT}",
-        "lora_model_dir": f"a run cannot go on from an adapter; {_FROM}",
+        "lora_model_dir": f"a run goes on from results of tunewright alone (model.continueFrom); {_FROM}",
         "pretraining_dataset": "pre-training is not fine-tuning; give the texts under datasets with type: completion",
         "process_reward_model": f"there is no process reward model; {_WITHOUT}",
         "base_model_config": "the model's own config is used; put the other one into a copy of the model, give that as "
@@ -204,17 +199,12 @@ CONFIG = Unmapped(
         "lisa_*": f"there is no LISA; {_WITHOUT}",
         "s2_attention": f"there is no shifted sparse attention; {_WITHOUT}",
         "pose_*": f"there is no PoSE; {_WITHOUT}",
-        "lr_scheduler_kwargs": f"schedules have no arguments of their own; {_WITHOUT}",
         "cosine_min_lr_ratio": f"the cosine ends at zero; {_WITHOUT}",
         "cosine_constant_lr_ratio": f"the cosine ends at zero; {_WITHOUT}",
         "lr_quadratic_warmup": f"warm-up is linear; {_WITHOUT}",
         "lr_div_factor": f"schedules have no arguments of their own; {_WITHOUT}",
         "adam_*": f"the optimizer has its usual constants; {_WITHOUT}",
-        "optim_args": f"the optimizer has its usual constants; {_WITHOUT}",
         "optim_target_modules": f"the optimizer takes all trained weights; {_WITHOUT}",
-        "neftune_noise_alpha": f"there is no embedding noise; {_WITHOUT}",
-        "noisy_embedding_alpha": f"there is no embedding noise; {_WITHOUT}",
-        "label_smoothing_factor": f"there is no label smoothing; {_WITHOUT}",
         "curriculum_sampling": f"rows are drawn in random order; {_WITHOUT}",
         "dataset_exact_deduplication": f"rows are taken as they are; remove double rows from the files, and {_WITHOUT}",
         "dataset_shard_num": "files are read whole; write the part into a file, and remove the key",
@@ -224,7 +214,7 @@ CONFIG = Unmapped(
         "shrink_embeddings": f"embeddings are taken as they are; {_WITHOUT}",
         "dpo_use_weighting": f"pairs are not weighted; {_WITHOUT}",
         "dpo_norm_loss": f"the loss is not normalised; {_WITHOUT}",
-        "dpo_loss_*": f"only rl: dpo (sigmoid) and rl: ipo are converted; {_WITHOUT}, or set objective.dpo.loss after",
+        "dpo_loss_weights": f"one loss is learned, not a sum of several; {_WITHOUT}",
         "rpo_alpha": f"there is no additional likelihood term; {_WITHOUT}",
         "orpo_alpha": f"there is no ORPO; {_WITHOUT}",
         "simpo_gamma": f"there is no SimPO; {_WITHOUT}",

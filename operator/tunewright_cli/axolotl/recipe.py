@@ -7,9 +7,27 @@ from typing import Any
 
 from tunewright_api.v1alpha1.objective import ObjectiveType
 from tunewright_cli.axolotl.draft import Draft, Kind
+from tunewright_cli.axolotl.reinforcement import convert_grpo
 
 _DTYPES = {"bfloat16": "BFloat16", "float16": "Float16", "float32": "Float32"}
 _OBJECTIVES: dict[Any, ObjectiveType] = {None: "SFT", "dpo": "DPO", "ipo": "DPO", "kto": "KTO", True: "DPO"}
+_OBJECTIVES["grpo"] = "GRPO"
+_BLOCKS = {"DPO": "dpo", "KTO": "kto", "GRPO": "grpo"}
+_DPO_LOSSES = {
+    "sigmoid": "Sigmoid",
+    "hinge": "Hinge",
+    "ipo": "IPO",
+    "exo_pair": "EXOPair",
+    "nca_pair": "NCAPair",
+    "robust": "Robust",
+    "bco_pair": "BCOPair",
+    "sppo_hard": "SPPOHard",
+    "aot": "AOT",
+    "aot_unpaired": "AOTUnpaired",
+    "apo_zero": "APOZero",
+    "apo_down": "APODown",
+    "discopop": "DiscoPOP",
+}
 _HEADS = {"lm_head", "embed_tokens", "embed_out", "wte"}
 """Layers that lora_target_linear leaves out."""
 
@@ -19,7 +37,7 @@ def convert_objective(draft: Draft) -> ObjectiveType:
     kind, reward = draft.take("rl"), draft.take_flag("reward_model")
     kind = None if kind is False else kind
     if not isinstance(kind, str | bool | None) or kind not in _OBJECTIVES:
-        text = f"{kind!r} cannot be converted: dpo, ipo, kto and reward_model can; write the FineTuneJob by hand"
+        text = f"{kind!r} cannot be converted: dpo, ipo, kto, grpo and reward_model can; write the FineTuneJob by hand"
         draft.note(Kind.ERROR, "rl", text)
         return "SFT"
     objective: ObjectiveType = "Reward" if reward else _OBJECTIVES[kind]
@@ -46,26 +64,40 @@ def _sft_loss(draft: Draft, objective: ObjectiveType) -> None:
 
 
 def _preference_settings(draft: Draft, objective: ObjectiveType, kind: Any) -> None:
-    block = {"DPO": "dpo", "KTO": "kto"}.get(objective, "")
+    block = _BLOCKS.get(objective, "")
     beta = draft.take_number("rl_beta")
     for_dpo = draft.take_number("dpo_beta")
     trl = draft.inside("trl", draft.take_mapping("trl"))
     in_trl = trl.take_number("beta")
     beta = beta if in_trl is None else in_trl  # Axolotl looks there first
-    for key in trl.left():
+    if objective == "GRPO":
+        convert_grpo(draft, trl)
+    for key in trl.left() if objective != "GRPO" else ():
         trl.note(Kind.NOT_NEEDED, key, "only for rl: grpo")
-    _set_only(draft, bool(block), f"objective.{block}.beta", beta if for_dpo is None else for_dpo, "rl_beta")
+    beta = for_dpo if for_dpo is not None and objective != "GRPO" else beta
+    _set_only(draft, bool(block), f"objective.{block}.beta", beta, "rl_beta")
     limit = draft.take_whole("max_prompt_len")
     _set_only(draft, bool(block), f"objective.{block}.maxPromptLength", limit, "max_prompt_len")
-    if kind == "ipo":
-        draft.set("objective.dpo.loss", "IPO", "rl")
-    smoothing = draft.take_number("dpo_label_smoothing")
-    # Axolotl ignores it for IPO, whose loss has no labels to smooth.
-    _set_only(
-        draft, objective == "DPO" and kind != "ipo", "objective.dpo.labelSmoothing", smoothing, "dpo_label_smoothing"
-    )
+    _dpo_loss(draft, objective, kind)
     for key, field in (("kto_desirable_weight", "desirableWeight"), ("kto_undesirable_weight", "undesirableWeight")):
         _set_only(draft, objective == "KTO", f"objective.kto.{field}", draft.take_number(key), key)
+
+
+def _dpo_loss(draft: Draft, objective: ObjectiveType, kind: Any) -> None:
+    names = draft.take_texts("dpo_loss_type")
+    if kind == "ipo":
+        draft.set("objective.dpo.loss", "IPO", "rl")
+    elif len(names) > 1:
+        draft.note(Kind.ERROR, "dpo_loss_type", f"one loss is learned, not the sum of {', '.join(names)}: keep one")
+    elif names and names[0] not in _DPO_LOSSES:
+        text = f"{names[0]!r} is not known here: use one of {', '.join(_DPO_LOSSES)}"
+        draft.note(Kind.ERROR, "dpo_loss_type", text)
+    elif names:
+        _set_only(draft, objective == "DPO", "objective.dpo.loss", _DPO_LOSSES[names[0]], "dpo_loss_type")
+    smoothing = draft.take_number("dpo_label_smoothing")
+    # Axolotl ignores it for IPO, whose loss has no labels to smooth.
+    applies = objective == "DPO" and kind != "ipo"
+    _set_only(draft, applies, "objective.dpo.labelSmoothing", smoothing, "dpo_label_smoothing")
 
 
 def _set_only(draft: Draft, applies: bool, field: str, value: Any, key: str) -> None:

@@ -1,10 +1,12 @@
-"""Training arguments and evaluation."""
+"""Training arguments."""
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
+from tunewright_api.v1alpha1.objective import ObjectiveType
 from tunewright_cli.axolotl.draft import Draft, Kind
 
 NUMBERS: dict[str, str] = {
@@ -19,10 +21,15 @@ FLAGS: dict[str, str] = {"sample_packing": "hyperparameters.packing"}
 TEXTS: dict[str, str] = {"revision_of_model": "model.revision"}
 DEFAULTS: dict[str, Any] = {"sequence_len": 512}
 """Keys that become a field as they stand, and Axolotl's defaults where they are not ours."""
+EXTRA_NUMBERS = ("adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing_factor")
+"""Numbers that transformers has under the same name."""
 
 _SCHEDULERS = {
     "cosine": "Cosine",
+    "cosine_with_restarts": "CosineWithRestarts",
     "linear": "Linear",
+    "polynomial": "Polynomial",
+    "inverse_sqrt": "InverseSqrt",
     "constant": "Constant",
     "constant_with_warmup": "ConstantWithWarmup",
 }
@@ -36,18 +43,22 @@ _OPTIMIZERS = {
     "paged_adamw_8bit": "PagedAdamW8bit",
     "paged_adamw_32bit": "PagedAdamW32bit",
     "adafactor": "Adafactor",
+    "lion_32bit": "Lion",
+    "lion_pytorch": "Lion",
+    "sgd": "SGD",
 }
 _WARMUP_RATIO = 0.03
 """What Axolotl warms up for where nothing is said, up to 100 steps."""
 
 
-def convert_training(draft: Draft) -> None:
-    """Set hyperparameters and evaluation; the data must be there already."""
+def convert_training(draft: Draft, objective: ObjectiveType) -> None:
+    """Set hyperparameters."""
     _as_they_stand(draft)
     _schedule(draft)
     _batches(draft)
     _optimizer(draft)
-    _evaluation(draft)
+    _noise(draft, objective)
+    _sampling(draft, objective)
 
 
 def _as_they_stand(draft: Draft) -> None:
@@ -76,6 +87,11 @@ def _schedule(draft: Draft) -> None:
         text = f"{scheduler!r} is not known here: use one of {', '.join(_SCHEDULERS)}"
         draft.note(Kind.ERROR, "lr_scheduler", text)
         scheduler = None
+    arguments = draft.take_mapping("lr_scheduler_kwargs")
+    if arguments:
+        draft.set("hyperparameters.extra.lr_scheduler_kwargs", json.dumps(arguments), "lr_scheduler_kwargs")
+    elif scheduler == "cosine_with_restarts":
+        scheduler = "cosine"  # which is what transformers makes of its default of one cycle
     draft.set("hyperparameters.scheduler", _SCHEDULERS.get(scheduler or ""), "lr_scheduler")
     _warmup(draft, steps, has_warmup=scheduler != "constant")
 
@@ -130,6 +146,9 @@ def _optimizer(draft: Draft) -> None:
         draft.note(Kind.ERROR, "max_grad_norm", text)
     # 1.0 is the default of transformers, and of Axolotl with it; ours for QLoRA is lower.
     draft.set("hyperparameters.maxGradNorm", 1.0 if norm is None else norm, "" if norm is None else "max_grad_norm")
+    for key in EXTRA_NUMBERS:
+        draft.set(f"hyperparameters.extra.{key}", draft.take_number(key), key)
+    _optimizer_arguments(draft)
     checkpointing = draft.take("gradient_checkpointing")
     if checkpointing is not None:
         draft.set("hyperparameters.gradientCheckpointing", bool(checkpointing), "gradient_checkpointing")
@@ -138,24 +157,30 @@ def _optimizer(draft: Draft) -> None:
             draft.note(Kind.NOT_NEEDED, "gradient_checkpointing", text)
 
 
-def _evaluation(draft: Draft) -> None:
-    per_epoch, every = draft.take_number("evals_per_epoch"), draft.take_number("eval_steps")
-    keys = ("eval_strategy", "evaluation_strategy")
-    strategies = {key: value for key in keys if (value := draft.take(key)) is not None}
-    given = {"evals_per_epoch": per_epoch, "eval_steps": every, **strategies}
-    dataset = draft.spec.get("dataset", {})
-    if not dataset.get("validation") and not dataset.get("validationFraction"):
-        for key, value in given.items():
-            if value is not None:
-                draft.note(Kind.NOT_NEEDED, key, "there are no validation rows")
+def _optimizer_arguments(draft: Draft) -> None:
+    """Set what the optimizer takes by name, which Axolotl reads as text or as a mapping."""
+    given = draft.take("optim_args")
+    if isinstance(given, dict):
+        given = ",".join(f"{name}={value}" for name, value in given.items())
+    if isinstance(given, str):
+        draft.set("hyperparameters.extra.optim_args", given, "optim_args")
+    elif given is not None:
+        draft.note(Kind.ERROR, "optim_args", f"must be text or a mapping, is {given!r}")
+
+
+def _noise(draft: Draft, objective: ObjectiveType) -> None:
+    for key in ("neftune_noise_alpha", "noisy_embedding_alpha"):
+        alpha = draft.take_number(key)
+        if alpha and objective == "SFT":
+            draft.set("hyperparameters.neftuneNoiseAlpha", alpha, key)
+        elif alpha is not None:
+            draft.note(Kind.NOT_NEEDED, key, "only for supervised fine-tuning" if alpha else "off, as here")
+
+
+def _sampling(draft: Draft, objective: ObjectiveType) -> None:
+    if not draft.take_flag("group_by_length"):
         return
-    # kubectl's YAML, like PyYAML's, reads a bare no as false.
-    if any(value in ("no", False) for value in strategies.values()):
-        draft.set("evaluation.strategy", "None", "eval_strategy")
-    elif every is not None and every >= 1:
-        draft.set("evaluation.strategy", "Steps", "eval_steps")
-        draft.set("evaluation.steps", int(every), "eval_steps")
-    elif every is not None or per_epoch not in (None, 0, 1):
-        key = "eval_steps" if every is not None else "evals_per_epoch"
-        text = "evaluated once per epoch; for more, set evaluation.strategy to Steps and evaluation.steps"
-        draft.note(Kind.NOT_CONVERTED, key, text)
+    if objective == "SFT" and not draft.spec["hyperparameters"].get("packing"):
+        draft.set("hyperparameters.extra.train_sampling_strategy", "group_by_length", "group_by_length")
+    else:
+        draft.note(Kind.NOT_CONVERTED, "group_by_length", "rows are drawn in random order")

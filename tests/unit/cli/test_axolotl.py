@@ -18,6 +18,7 @@ from tunewright_api.validation import parse_finetunejob
 from tunewright_cli.axolotl.convert import FIELDS, convert, job_name
 from tunewright_cli.axolotl.data import MESSAGE_ROLES, SHAREGPT_ROLES, SOURCE_FIELDS
 from tunewright_cli.axolotl.keys import CONFIG, SOURCE, Unmapped, find
+from tunewright_cli.axolotl.reinforcement import TRL, TRL_KEYS
 from tunewright_cli.axolotl.templates import CHATML, LLAMA3
 from tunewright_cli.kubectl_yaml import read_documents, write_document
 from tunewright_trainer.data_formats import SHAREGPT_ROLES as ROLES_OF_THE_TRAINER
@@ -30,6 +31,8 @@ ALPACA = {"path": "s3://datasets/rows.jsonl", "type": "alpaca"}
 CHAT = {"path": "s3://datasets/rows.jsonl", "type": "chat_template"}
 LORA = {"adapter": "lora", "lora_r": 8, "lora_target_linear": True}
 BASE: dict[str, Any] = {"base_model": "org/model", "datasets": [ALPACA], **LORA}
+GRPO_OBJECTIVE: dict[str, Any] = {"rl": "grpo", "trl": {"reward_funcs": ["a.b"], "num_generations": 2}}
+GRPO: dict[str, Any] = {**BASE, **GRPO_OBJECTIVE, "micro_batch_size": 2}
 VALUES: tuple[Any, ...] = (
     {"a": 1},
     ["a"],
@@ -80,9 +83,9 @@ def test_no_key_is_dropped_silently(name: str) -> None:
 
 
 def test_every_objective_and_method_of_axolotl_is_among_the_configurations() -> None:
-    """Supervised, DPO, KTO and reward; full, LoRA, 4 and 8 bits."""
+    """Supervised, DPO, KTO, reward and GRPO; full, LoRA, 4 and 8 bits."""
     specs = [yaml.safe_load((FOLDER / f"{name}.yaml").read_text())["spec"] for name in CONFIGURATIONS]
-    assert {spec.get("objective", {}).get("type", "SFT") for spec in specs} == {"SFT", "DPO", "KTO", "Reward"}
+    assert {spec.get("objective", {}).get("type", "SFT") for spec in specs} == {"SFT", "DPO", "KTO", "Reward", "GRPO"}
     methods = {(spec["method"]["type"], spec["method"].get("quantization", {}).get("bits")) for spec in specs}
     assert methods == {("Full", None), ("LoRA", None), ("QLoRA", 4), ("QLoRA", 8)}
 
@@ -141,13 +144,23 @@ def test_a_file_s_name_becomes_a_job_s_name(text: str, name: str) -> None:
 @pytest.mark.parametrize("key", [*FIELDS, "special_tokens", "plugins", "excess_length_strategy"])
 def test_no_value_of_a_key_breaks_the_conversion(key: str) -> None:
     """Whatever stands there, the answer is a FineTuneJob or an error that names a key."""
+    evaluated = {"val_set_size": 0.1, "eval_steps": 10, "save_steps": 20, "early_stopping_patience": 2}
     for value in VALUES:
-        conversion = convert({**BASE, key: value}, "name")
+        for config in (BASE, {**BASE, **evaluated}, GRPO):
+            conversion = convert({**config, key: value}, "name")
+            assert (conversion.document is None) == bool(conversion.errors)
+
+
+@pytest.mark.parametrize("key", [*TRL_KEYS, *TRL.refused, *TRL.not_needed])
+def test_no_value_of_a_key_of_trl_breaks_the_conversion(key: str) -> None:
+    """The same for the block of GRPO."""
+    for value in VALUES:
+        conversion = convert({**GRPO, "trl": {**GRPO["trl"], key: value}}, "name")
         assert (conversion.document is None) == bool(conversion.errors)
 
 
 @pytest.mark.parametrize("key", [*SOURCE_FIELDS, *SOURCE.refused])
-@pytest.mark.parametrize("objective", [{}, {"rl": "dpo"}, {"rl": "kto"}, {"reward_model": True}])
+@pytest.mark.parametrize("objective", [{}, {"rl": "dpo"}, {"rl": "kto"}, {"reward_model": True}, GRPO_OBJECTIVE])
 def test_no_value_of_a_data_set_s_key_breaks_the_conversion(key: str, objective: dict[str, Any]) -> None:
     """The same, one level below, for every objective."""
     for source in (ALPACA, CHAT, {**CHAT, "type": "chatml.ultra"}, {**CHAT, "type": "chat_template.default"}):
@@ -242,3 +255,10 @@ def test_the_page_names_every_key(unmapped: Unmapped) -> None:
     for table in (unmapped.not_needed, unmapped.not_converted, unmapped.refused):
         for key in table:
             assert f"`{key}`" in page, key
+
+
+def test_the_page_names_every_key_of_trl() -> None:
+    """Those of GRPO's block have a section of their own."""
+    (section,) = re.findall(r"^### In `trl`, for GRPO$(.*?)^Classification", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    for key in (*TRL_KEYS, *TRL.not_needed, *TRL.not_converted, *TRL.refused):
+        assert f"`{key}`" in section, key

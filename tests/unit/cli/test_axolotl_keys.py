@@ -19,6 +19,17 @@ LORA = {"adapter": "lora", "lora_r": 8, "lora_target_linear": True}
 BASE: dict[str, Any] = {"base_model": "org/model", "datasets": [ALPACA], **LORA}
 
 
+EVALUATED: dict[str, Any] = {"val_set_size": 0.1, "eval_steps": 10}
+BEST: dict[str, Any] = {**EVALUATED, "load_best_model_at_end": True}
+PER_EPOCH: dict[str, Any] = {"val_set_size": 0.1, "num_epochs": 3, "evals_per_epoch": 4, "saves_per_epoch": 1}
+CYCLES: dict[str, Any] = {"lr_scheduler_kwargs": {"num_cycles": 3}}
+MLFLOW: dict[str, Any] = {"mlflow_tracking_uri": "https://mlflow.example.com", "mlflow_experiment_name": "a"}
+DPO: dict[str, Any] = {"rl": "dpo", "datasets": [{**CHAT, "type": "chat_template.argilla_chat"}]}
+REWARD: dict[str, Any] = {"reward_model": True, "datasets": [{**CHAT, "type": "bradley_terry.chat_template"}]}
+TRL: dict[str, Any] = {"reward_funcs": ["my.reward"], "num_generations": 2}
+GRPO: dict[str, Any] = {"rl": "grpo", "micro_batch_size": 4}
+
+
 def converted(**changes: Any) -> dict[str, Any]:
     """Return the spec that the smallest configuration becomes with some keys changed."""
     document = convert({**BASE, **changes}, "name").document
@@ -93,6 +104,50 @@ def errors(**changes: Any) -> dict[str, str]:
         ({"val_set_size": 0.1, "eval_steps": 50}, "evaluation", {"strategy": "Steps", "steps": 50}),
         ({"val_set_size": 0.1, "eval_steps": 0.1}, "evaluation", None),
         ({"val_set_size": 0.1, "evals_per_epoch": 1}, "evaluation", None),
+        ({**EVALUATED, "load_best_model_at_end": True}, "evaluation.loadBest", True),
+        ({**EVALUATED, "save_steps": 20}, "evaluation.loadBest", True),
+        ({**EVALUATED, "save_steps": 15}, "evaluation.loadBest", None),
+        ({**EVALUATED, "save_steps": 20, "load_best_model_at_end": False}, "evaluation.loadBest", None),
+        (PER_EPOCH, "evaluation.loadBest", True),
+        ({**PER_EPOCH, "evals_per_epoch": 3, "saves_per_epoch": 2}, "evaluation", None),
+        ({**EVALUATED, "early_stopping_patience": 3}, "evaluation.earlyStopping", {"patience": 3}),
+        ({**EVALUATED, "early_stopping_patience": 3}, "evaluation.loadBest", True),
+        ({**BEST, "metric_for_best_model": "eval_loss", "greater_is_better": False}, "evaluation.metric", None),
+        ({**BEST, **REWARD, "metric_for_best_model": "accuracy"}, "evaluation.metric", "Accuracy"),
+        ({**BEST, **REWARD, "metric_for_best_model": "eval_loss"}, "evaluation.metric", None),
+        ({"early_stopping_patience": 3}, "evaluation", None),
+        ({"neftune_noise_alpha": "5"}, "hyperparameters.neftuneNoiseAlpha", 5),
+        ({"noisy_embedding_alpha": 10}, "hyperparameters.neftuneNoiseAlpha", 10),
+        ({"neftune_noise_alpha": 0}, "hyperparameters.neftuneNoiseAlpha", None),
+        ({"lr_scheduler": "polynomial"}, "hyperparameters.scheduler", "Polynomial"),
+        ({"lr_scheduler": "inverse_sqrt"}, "hyperparameters.scheduler", "InverseSqrt"),
+        ({"lr_scheduler": "cosine_with_restarts"}, "hyperparameters.scheduler", "Cosine"),
+        ({"lr_scheduler": "cosine_with_restarts", **CYCLES}, "hyperparameters.scheduler", "CosineWithRestarts"),
+        (CYCLES, "hyperparameters.extra", {"lr_scheduler_kwargs": '{"num_cycles": 3}'}),
+        ({"optimizer": "sgd"}, "hyperparameters.optimizer", "SGD"),
+        ({"optimizer": "lion_32bit"}, "hyperparameters.optimizer", "Lion"),
+        (
+            {"adam_beta1": "0.8", "adam_epsilon": 1e-6},
+            "hyperparameters.extra",
+            {"adam_beta1": 0.8, "adam_epsilon": 1e-6},
+        ),
+        ({"optim_args": {"a": 1, "b": "x"}}, "hyperparameters.extra", {"optim_args": "a=1,b=x"}),
+        ({"optim_args": "a=1"}, "hyperparameters.extra", {"optim_args": "a=1"}),
+        ({"group_by_length": True}, "hyperparameters.extra", {"train_sampling_strategy": "group_by_length"}),
+        ({"group_by_length": True, "sample_packing": True}, "hyperparameters.extra", None),
+        (
+            {"hub_model_id": "org/name", "hub_revision": "v1"},
+            "output.hub",
+            {"repository": "org/name", "revision": "v1"},
+        ),
+        ({"use_tensorboard": True}, "tracking", {"tensorboard": True}),
+        (MLFLOW, "tracking.mlflow", {"uri": "https://mlflow.example.com", "experiment": "a"}),
+        ({**MLFLOW, "use_mlflow": False}, "tracking", None),
+        ({**MLFLOW, "mlflow_tracking_uri": "databricks"}, "tracking", None),
+        ({"wandb_project": "bot", "wandb_entity": "team"}, "tracking.wandb", {"project": "bot", "entity": "team"}),
+        ({"wandb_project": "bot", "wandb_mode": "disabled"}, "tracking", None),
+        ({**DPO, "dpo_loss_type": ["apo_zero"]}, "objective.dpo.loss", "APOZero"),
+        ({**DPO, "dpo_loss_type": "hinge", "rl": "ipo"}, "objective.dpo.loss", "IPO"),
         ({"chat_template": "chatml"}, "model.chatTemplate", None),
     ],
 )
@@ -170,26 +225,113 @@ def test_a_preference_type_becomes_columns_and_template(
 
 
 @pytest.mark.parametrize(
+    ("trl", "field", "value"),
+    [
+        ({"num_generations": 4}, "generations", 4),
+        ({"max_completion_length": 128, "temperature": 0.7}, "maxCompletionLength", 128),
+        ({"temperature": 0.7, "top_p": 0.9}, "topP", 0.9),
+        ({"temperature": 0.7}, "temperature", 0.7),
+        ({"epsilon": 0.1, "use_vllm": True}, "epsilon", 0.1),
+        ({"beta": 0.01}, "beta", 0.01),
+        ({"loss_type": "bnpo", "num_iterations": 1}, "loss", "BNPO"),
+        ({"loss_type": "dr_grpo", "scale_rewards": False}, "loss", "DrGRPO"),
+        ({"scale_rewards": True}, "loss", None),
+    ],
+)
+def test_a_key_of_trl_becomes_a_field_of_grpo(trl: dict[str, Any], field: str, value: Any) -> None:
+    """None where the field stays with its default."""
+    spec = converted(**GRPO, trl={**TRL, **trl})
+    assert spec["objective"]["grpo"].get(field) == value
+    assert spec["dataset"]["format"] == "Prompts"
+
+
+def test_every_reward_function_gets_a_place_of_its_own() -> None:
+    """With its weight; what is written there is the user's to say."""
+    trl = {"reward_funcs": ["rewards.right", "org/model"], "reward_weights": [2, -0.5], "num_generations": 2}
+    conversion = convert({**BASE, **GRPO, "trl": trl}, "name")
+    assert conversion.document is not None
+    assert conversion.document["spec"]["objective"]["grpo"]["rewards"] == [
+        {"type": "Model", "weight": 2, "model": {"uri": "s3://replace-me/rewards/rewards.right"}},
+        {"type": "Model", "weight": -0.5, "model": {"uri": "s3://replace-me/rewards/org/model"}},
+    ]
+    to_do = [note.text for note in conversion.notes if note.path == "trl.reward_funcs"]
+    assert [text.split(" is ")[0] for text in to_do] == ["rewards.right", "org/model"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "path"),
+    [
+        ({**EVALUATED, "save_steps": 20}, Kind.DIFFERS, "save_steps"),
+        ({**EVALUATED, "save_steps": 20}, Kind.NOT_CONVERTED, "save_steps"),
+        ({**DPO, **EVALUATED, "early_stopping_patience": 3}, Kind.NOT_NEEDED, "early_stopping_patience"),
+        ({"early_stopping_patience": 3}, Kind.NOT_NEEDED, "early_stopping_patience"),
+        ({**EVALUATED, "metric_for_best_model": "f1"}, Kind.NOT_NEEDED, "metric_for_best_model"),
+        ({**EVALUATED, "load_best_model_at_end": False}, Kind.NOT_NEEDED, "load_best_model_at_end"),
+        ({**DPO, "neftune_noise_alpha": 5}, Kind.NOT_NEEDED, "neftune_noise_alpha"),
+        ({"group_by_length": True, "sample_packing": True}, Kind.NOT_CONVERTED, "group_by_length"),
+        ({"hub_model_id": "org/name"}, Kind.TO_DO, "hub_model_id"),
+        ({"hub_model_id": "org/name", "hub_strategy": "every_save"}, Kind.NOT_CONVERTED, "hub_strategy"),
+        ({"hub_strategy": "end"}, Kind.NOT_NEEDED, "hub_strategy"),
+        ({"use_mlflow": True}, Kind.NOT_CONVERTED, "use_mlflow"),
+        ({**MLFLOW, "mlflow_tracking_uri": "./runs"}, Kind.NOT_CONVERTED, "mlflow_tracking_uri"),
+        ({**MLFLOW, "use_mlflow": False}, Kind.NOT_NEEDED, "mlflow_tracking_uri"),
+        ({**MLFLOW, "mlflow_run_name": "a"}, Kind.NOT_CONVERTED, "mlflow_run_name"),
+        ({"wandb_project": "bot"}, Kind.DIFFERS, "wandb_project"),
+        ({"wandb_project": "bot", "use_wandb": False}, Kind.NOT_NEEDED, "wandb_project"),
+        ({"wandb_entity": "team"}, Kind.NOT_CONVERTED, "wandb_entity"),
+        ({"wandb_project": "bot", "wandb_log_model": "end"}, Kind.NOT_CONVERTED, "wandb_log_model"),
+        ({**GRPO, "trl": {**TRL, "loss_type": "dr_grpo"}}, Kind.DIFFERS, "trl.scale_rewards"),
+        ({**GRPO, "trl": {**TRL, "top_k": 0}}, Kind.NOT_NEEDED, "trl.top_k"),
+        ({**GRPO, "trl": {**TRL, "misspelt": 0}}, Kind.NOT_CONVERTED, "trl.misspelt"),
+        ({**GRPO, "trl": TRL}, Kind.TO_DO, "datasets[0].type"),
+    ],
+)
+def test_what_is_not_converted_as_it_stands_is_named(changes: dict[str, Any], kind: Kind, path: str) -> None:
+    """With the kind of its line."""
+    conversion = convert({**BASE, **changes}, "name")
+    assert conversion.document is not None
+    assert path in said(conversion, kind)
+
+
+@pytest.mark.parametrize(
     ("source", "uri", "rest"),
     [
         ({"path": "s3://datasets/a/train.csv"}, "s3://datasets/a/train.csv", {}),
-        ({"path": "org/name"}, "s3://replace-me/org/name.jsonl", {}),
+        ({"path": "org/name"}, "hf://datasets/org/name", {}),
+        ({"path": "org/name", "split": "test", "name": "default"}, "hf://datasets/org/name", {"split": "test"}),
+        ({"path": "org/name", "split": "train[:10%]"}, "s3://replace-me/org/name.jsonl", {}),
+        ({"path": "org/name", "split": "dev[:9]"}, "hf://datasets/org/name", {"split": "dev", "maxSamples": 9}),
+        ({"path": "org/name", "name": "en"}, "s3://replace-me/org/name.jsonl", {}),
+        (
+            {"path": "org/name", "data_files": "data/a.csv", "revision": "v2"},
+            "hf://datasets/org/name/data/a.csv",
+            {"revision": "v2"},
+        ),
+        ({"path": "org/name", "data_files": "*.jsonl"}, "s3://replace-me/-.jsonl", {}),
         ({"path": "data/train.jsonl"}, "s3://replace-me/data/train.jsonl", {}),
         ({"path": "~/.cache/../train set.json"}, "s3://replace-me/cache/train-set.json", {}),
         ({"path": "json", "data_files": "/mnt/a.jsonl"}, "s3://replace-me/mnt/a.jsonl", {}),
         ({"path": "json", "data_files": ["a.arrow"]}, "s3://replace-me/a.jsonl", {}),
         ({"path": "gs://bucket/a.parquet"}, "s3://replace-me/bucket/a.parquet", {}),
-        ({"path": "org/name", "split": "train[:500]"}, "s3://replace-me/org/name.jsonl", {"maxSamples": 500}),
+        ({"path": "org/name", "split": "train[:500]"}, "hf://datasets/org/name", {"maxSamples": 500}),
+        ({"path": "rows.jsonl", "split": "train[:500]"}, "s3://replace-me/rows.jsonl", {"maxSamples": 500}),
     ],
 )
 def test_a_path_becomes_a_uri(source: dict[str, Any], uri: str, rest: dict[str, Any]) -> None:
-    """Files in S3 stay where they are; the others get a place to be put to."""
+    """Files in S3 and on the Hub stay where they are; the others get a place to be put to."""
     config = {**BASE, "datasets": [{"type": "alpaca", **source}]}
     conversion = convert(config, "name")
     assert conversion.document is not None
     assert conversion.document["spec"]["dataset"]["train"] == [{"uri": uri, **rest}]
     to_do = [path for path in said(conversion, Kind.TO_DO) if path]
-    assert len(to_do) == (0 if uri == source["path"] else 1)
+    assert len(to_do) == (1 if uri.startswith("s3://replace-me") else 0)
+
+
+def test_rows_of_evaluation_are_the_split_test_of_a_hub_data_set() -> None:
+    """Which Axolotl takes where nothing is said."""
+    tests = [{"path": "org/name", "type": "alpaca"}, {"path": "org/name", "type": "alpaca", "split": "train"}]
+    found = converted(test_datasets=tests)["dataset"]["validation"]
+    assert found == [{"uri": "hf://datasets/org/name", "split": "test"}, {"uri": "hf://datasets/org/name"}]
 
 
 def test_what_is_to_do_names_the_part_of_the_hub_data_set() -> None:
@@ -205,8 +347,27 @@ def test_what_is_to_do_names_the_part_of_the_hub_data_set() -> None:
         ({"adapter": "llama-adapter"}, "adapter", "'llama-adapter' cannot be converted: lora and qlora can"),
         ({"adapter": "qlora"}, "adapter", "qlora needs load_in_4bit: true"),
         ({"adapter": None, "load_in_8bit": True}, "load_in_8bit", "remove the key, or set adapter: lora"),
-        ({"rl": "orpo"}, "rl", "'orpo' cannot be converted: dpo, ipo, kto and reward_model can"),
-        ({"rl": "grpo"}, "rl", "'grpo' cannot be converted"),
+        ({"rl": "orpo"}, "rl", "'orpo' cannot be converted: dpo, ipo, kto, grpo and reward_model can"),
+        (GRPO, "trl.reward_funcs", "missing: name what answers are rewarded for"),
+        ({**GRPO, "trl": {**TRL, "reward_weights": [1, 2]}}, "trl.reward_weights", "a list of 1 numbers"),
+        ({**GRPO, "trl": {**TRL, "reward_weights": [0]}}, "trl.reward_funcs", "weight may not be 0"),
+        ({**GRPO, "trl": {**TRL, "loss_type": "cispo"}}, "trl.loss_type", "use one of grpo, dapo, dr_grpo, bnpo"),
+        ({**GRPO, "trl": {**TRL, "scale_rewards": False}}, "trl.scale_rewards", "except with loss_type: dr_grpo"),
+        ({**GRPO, "trl": {**TRL, "scale_rewards": "batch"}}, "trl.scale_rewards", "not by that of 'batch'"),
+        ({**GRPO, "trl": {**TRL, "num_iterations": 2}}, "trl.num_iterations", "answers are learned from once"),
+        ({**GRPO, "trl": {**TRL, "sync_ref_model": True}}, "trl.sync_ref_model", "the reference is the model at the"),
+        (
+            {**DPO, "dpo_loss_type": ["sigmoid", "sft"]},
+            "dpo_loss_type",
+            "one loss is learned, not the sum of sigmoid, sft",
+        ),
+        ({**DPO, "dpo_loss_type": "sft"}, "dpo_loss_type", "'sft' is not known here: use one of sigmoid"),
+        ({**BEST, "metric_for_best_model": "accuracy"}, "metric_for_best_model", "not 'accuracy'"),
+        ({**BEST, "metric_for_best_model": "rouge"}, "metric_for_best_model", "not 'rouge'"),
+        ({**BEST, "greater_is_better": True}, "greater_is_better", "the one with the lowest loss"),
+        ({**BEST, "eval_strategy": "no"}, "", "need evaluations while training"),
+        ({"hub_model_id": "name"}, "hub_model_id", "'name' is not a repository: use organisation/name"),
+        ({"optim_args": 1}, "optim_args", "must be text or a mapping"),
         ({"num_labels": 3}, "num_labels", "3 outputs are those of a classifier"),
         ({"base_model": "gpt2"}, "base_model", "openai-community/gpt2"),
         ({"base_model": None}, "base_model", "missing"),
@@ -237,9 +398,9 @@ def test_what_is_to_do_names_the_part_of_the_hub_data_set() -> None:
         ({"lora_target_modules": ["lm_head"]}, "lora_target_modules", "name them in lora_modules_to_save"),
         ({"lora_model_dir": "./out"}, "lora_model_dir", "merge the adapter into the model"),
         ({"optimizer": "lion_8bit"}, "optimizer", "use one of adamw_torch"),
+        ({"adam_beta3": 0.9}, "adam_beta3", "usual constants"),
         ({"lr_scheduler": "rex"}, "lr_scheduler", "use one of cosine"),
         ({"max_grad_norm": 0}, "max_grad_norm", "set it to a large number"),
-        ({"neftune_noise_alpha": 5}, "neftune_noise_alpha", "remove the key"),
         ({"loraplus_lr_ratio": 16}, "loraplus_lr_ratio", "one learning rate"),
         ({"tokens": ["<|im_start|>"]}, "tokens", "copy of the model"),
         ({"plugins": ["my.Plugin"]}, "plugins", "my.Plugin: plugins are not run"),
