@@ -9,10 +9,8 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
-
-from pydantic import BaseModel
+from typing import TYPE_CHECKING
 
 from tests.trainer.fake_worker import save
 from tunewright_trainer import worker
@@ -20,12 +18,15 @@ from tunewright_trainer.errors import InvalidData
 from tunewright_trainer.protocol import PlanEvent, StepEvent, WorkerTask
 from tunewright_trainer.world import ALONE, World
 
+if TYPE_CHECKING:
+    from tunewright_trainer.callback import Report
+
 STEPS = 20
 FATEFUL_STEP = 10
 PLAN = PlanEvent(total_steps=STEPS, dtype="Float32", trainable_parameters=8, total_parameters=100, train_rows=3)
 
 
-def recipe(task: WorkerTask, report: Callable[[BaseModel], None], scratch: Path, world: World = ALONE) -> None:
+def recipe(task: WorkerTask, report: Report, scratch: Path, world: World = ALONE) -> None:
     """Take steps that wait for all processes, as training does."""
     (task.output_path.parent / f"pid-{world.rank}").write_text(str(os.getpid()))
     report(PLAN)
@@ -44,7 +45,7 @@ def recipe(task: WorkerTask, report: Callable[[BaseModel], None], scratch: Path,
 
 
 worker.import_stack = lambda: None
-worker.recipe_of = lambda _: recipe
+worker.recipe_of = lambda task: recipe
 
 if __name__ == "__main__":
     worker.main()

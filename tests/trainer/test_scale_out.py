@@ -30,7 +30,7 @@ pytestmark = pytest.mark.timeout(300)
 
 LOSS_TOLERANCE = 1e-4
 """Sums in another order; replicas that exchange no gradients, or see other rows, are off by 2e-3 and more."""
-WORKER = SupervisorSettings.__dataclass_fields__["worker_command"].default
+WORKER: tuple[str, ...] = SupervisorSettings.worker_command
 LORA = {"type": "LoRA", "lora": {"dropout": 0.0}}
 """What is dropped depends on the number of processes, so losses are equal only without."""
 VALIDATION = EXCHANGES[:8]
@@ -58,12 +58,13 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 GRPO = {
-    "rows": PROMPTS,
+    "rows": PROMPTS[:1] * 16,
     "row_format": "Prompts",
-    "objective": {"type": "GRPO", "grpo": {"rewards": [WORD], "generations": 4, "maxCompletionLength": 3}},
+    "objective": {"type": "GRPO", "grpo": {"rewards": [WORD], "generations": 8, "maxCompletionLength": 1}},
     "method": LORA,
-    "hyperparameters": {"batchSize": 8},
+    "hyperparameters": {"batchSize": 8, "maxSteps": 10},
 }
+"""Each process answers the same prompt 8 times a step; an answer is rewarded by 0 or 1."""
 
 
 def scaled(make_task: MakeTask, processes: int, case: dict[str, Any]) -> Any:
@@ -102,7 +103,8 @@ def together(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 def test_losses_equal_those_of_one_process(case: str, together: dict[str, Events], tiny: Path, tmp_path: Path) -> None:
     """Two processes train as one that accumulates twice as many batches: same rows, gradients and evaluations."""
     ours, theirs = together[case], alone(tiny, tmp_path / "alone", CASES[case])
-    for kind in (StepEvent, EvaluationEvent):
+    kinds: tuple[type[StepEvent | EvaluationEvent], ...] = (StepEvent, EvaluationEvent)
+    for kind in kinds:
         losses = [event.loss for event in ours.of(kind)]
         assert losses == pytest.approx([event.loss for event in theirs.of(kind)], abs=LOSS_TOLERANCE)
     assert len(ours.of(StepEvent)) == 4
@@ -111,11 +113,13 @@ def test_losses_equal_those_of_one_process(case: str, together: dict[str, Events
 
 
 def test_processes_answer_differently(together: dict[str, Events]) -> None:
-    """GRPO: each of two processes draws answers of its own, so that a group's rewards differ."""
-    steps = together["grpo"].of(StepEvent)
-    assert len(steps) == 4
-    assert all(step.metrics is not None and step.metrics["reward_std"] > 0 for step in steps)
-    assert len(together["grpo"].of(ResultEvent)) == 1
+    """GRPO: each process draws answers of its own; if both gave the same, the number rewarded would always be even."""
+    events = together["grpo"]
+    rewarded = [16 * (step.metrics or {})["reward"] for step in events.of(StepEvent)]
+    assert len(rewarded) == 10
+    assert [round(count) for count in rewarded] == pytest.approx(rewarded)
+    assert any(round(count) % 2 for count in rewarded), rewarded
+    assert len(events.of(ResultEvent)) == 1
 
 
 @pytest.fixture(scope="module")

@@ -313,7 +313,7 @@ def fit(setup: Setup, trainer: Trainer, report: Report) -> tuple[float, float]:
     report(StageEvent(stage="Training"))
     began = time.monotonic()
     # Evaluation and answers drew random numbers; dropout must not depend on whether they took place. All processes draw
-    # the same, because the order of rows may be among it; only GRPO's would all give the same answers to a prompt then.
+    # the same, because the order of rows may be among it; only for GRPO, which draws answers, each one draws its own.
     own = setup.world.rank if setup.task.run.objective.type == "GRPO" else 0
     set_seed(setup.task.run.hyperparameters.seed + own)
     loss: float = trainer.train().training_loss
