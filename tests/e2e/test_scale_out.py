@@ -63,6 +63,7 @@ def pair(image: str, namespace: str) -> tuple[Document, Document]:
     )
 
 
+@pytest.mark.timeout(600)
 def test_pods_find_each_other_by_name(jobs: Jobs) -> None:
     """Pods of an Indexed Job behind a headless Service know each other's addresses, by short and by full names."""
     kubectl = jobs.platform.kubectl

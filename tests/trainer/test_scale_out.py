@@ -21,7 +21,6 @@ from tunewright_api.run_report import RunReport
 from tunewright_trainer import worker
 from tunewright_trainer.artifact import download_artifact
 from tunewright_trainer.protocol import EVENTS_FILE, EvaluationEvent, ResultEvent, StepEvent, parse_event, write_task
-from tunewright_trainer.settings import SupervisorSettings
 from tunewright_trainer.storage import Storage
 
 __all__ = ["bucket", "server", "shared_bucket"]
@@ -30,7 +29,7 @@ pytestmark = pytest.mark.timeout(300)
 
 LOSS_TOLERANCE = 1e-4
 """Sums in another order; replicas that exchange no gradients, or see other rows, are off by 2e-3 and more."""
-WORKER: tuple[str, ...] = SupervisorSettings.worker_command
+WORKER = (sys.executable, "-m", "tunewright_trainer.worker")
 LORA = {"type": "LoRA", "lora": {"dropout": 0.0}}
 """What is dropped depends on the number of processes, so losses are equal only without."""
 VALIDATION = EXCHANGES[:8]
@@ -69,7 +68,7 @@ GRPO = {
 
 def scaled(make_task: MakeTask, processes: int, case: dict[str, Any]) -> Any:
     """Return a task for so many processes; one process takes their batches one after the other instead."""
-    given = {**STEPS, **case.get("hyperparameters", {}), "gradientAccumulationSteps": 2 // processes}
+    given = {**STEPS, "gradientAccumulationSteps": 2 // processes, **case.get("hyperparameters", {})}
     task = make_task(**{**case, "hyperparameters": given})
     return task.model_copy(update={"run": task.run.model_copy(update={"processes": processes})})
 
@@ -103,17 +102,27 @@ def together(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 def test_losses_equal_those_of_one_process(case: str, together: dict[str, Events], tiny: Path, tmp_path: Path) -> None:
     """Two processes train as one that accumulates twice as many batches: same rows, gradients and evaluations."""
     ours, theirs = together[case], alone(tiny, tmp_path / "alone", CASES[case])
-    kinds: tuple[type[StepEvent | EvaluationEvent], ...] = (StepEvent, EvaluationEvent)
-    for kind in kinds:
-        losses = [event.loss for event in ours.of(kind)]
-        assert losses == pytest.approx([event.loss for event in theirs.of(kind)], abs=LOSS_TOLERANCE)
+    assert losses_of(ours) == pytest.approx(losses_of(theirs), abs=LOSS_TOLERANCE)
     assert len(ours.of(StepEvent)) == 4
     assert len(ours.of(ResultEvent)) == 1
     assert [type(event) for event in ours] == [type(event) for event in theirs]
 
 
+def test_a_classifiers_loss_is_a_mean(tiny: Path, tmp_path: Path) -> None:
+    """Accumulated batches train a classifier like one batch of their size; its loss is not their sum."""
+    accumulated = alone(tiny, tmp_path / "2 x 2", CASES["classification"])
+    at_once = {**CASES["classification"], "hyperparameters": {"batchSize": 4, "gradientAccumulationSteps": 1}}
+    whole = alone(tiny, tmp_path / "4", at_once)
+    assert losses_of(accumulated)[:4] == pytest.approx(losses_of(whole)[:4], abs=LOSS_TOLERANCE)
+
+
+def losses_of(events: Events) -> list[float | None]:
+    """Return the losses of all steps, then those of all evaluations."""
+    return [event.loss for event in events.of(StepEvent)] + [event.loss for event in events.of(EvaluationEvent)]
+
+
 def test_processes_answer_differently(together: dict[str, Events]) -> None:
-    """GRPO: each process draws answers of its own; if both gave the same, the number rewarded would always be even."""
+    """GRPO: each process draws answers of its own; of equal ones an even number would be rewarded in every step."""
     events = together["grpo"]
     rewarded = [16 * (step.metrics or {})["reward"] for step in events.of(StepEvent)]
     assert len(rewarded) == 10

@@ -12,6 +12,8 @@ from tunewright_trainer.protocol import ErrorEvent, Event, ResultEvent
 from tunewright_trainer.run_log import RunLog
 from tunewright_trainer.worker_process import GRACE_SECONDS, WorkerProcess
 
+SIGNALS_FROM = 128
+"""Exit codes above it are signals."""
 PEER_SECONDS = 15.0
 """After one worker has lost another: time for the launcher to end, which says whether the other one was of this pod."""
 
@@ -60,7 +62,13 @@ class Listener:
         code = self._worker.exit_code()
         events = self._tail.read()
         for event in events:
-            self._take(event)
+            for take in self._takers:
+                take(event)
+            if isinstance(event, ResultEvent):
+                self.result = event
+        errors = errors_of(events)
+        if errors:
+            raise self._cause(errors)
         if code == 0 and not self._expects_result:
             self.ended_well = True
         elif code is not None and self.result is None:
@@ -68,22 +76,18 @@ class Listener:
         self.heard = self.heard or bool(events)
         return bool(events)
 
-    def _take(self, event: Event) -> None:
-        for take in self._takers:
-            take(event)
-        if isinstance(event, ResultEvent):
-            self.result = event
-        elif isinstance(event, ErrorEvent):
-            raise self._after_lost_peer(event) if event.reason == PeerLost.reason else worker_process.failure_of(event)
-
-    def _after_lost_peer(self, event: ErrorEvent) -> TrainerError:
-        """Return why a worker lost another one: the end of one of this pod says more than the loss of it."""
+    def _cause(self, errors: list[ErrorEvent]) -> TrainerError:
+        """Return why the workers gave up; where one lost another one of this pod, the end of that one says more."""
+        for error in errors:
+            if error.reason != PeerLost.reason:
+                return worker_process.failure_of(error)
         code = self._worker.wait(PEER_SECONDS)
-        for later in self._tail.read():
-            if isinstance(later, ErrorEvent) and later.reason != PeerLost.reason:
-                return worker_process.failure_of(later)
-        death = self._death(code) if code is not None and code > 128 else None
-        return death or worker_process.failure_of(event)
+        for error in errors_of(self._tail.read()):
+            if error.reason != PeerLost.reason:
+                return worker_process.failure_of(error)
+        if code is not None and (code < 0 or code > SIGNALS_FROM):
+            return self._death(code)
+        return worker_process.failure_of(errors[0])
 
     def _death(self, code: int) -> TrainerError:
         self._worker.wait(GRACE_SECONDS)
@@ -95,3 +99,8 @@ class Listener:
             memory_limit=worker_process.memory_limit(),
             lost_peer=worker_process.is_lost_peer(self._log.path),
         )
+
+
+def errors_of(events: Sequence[Event]) -> list[ErrorEvent]:
+    """Return the events by which workers gave up."""
+    return [event for event in events if isinstance(event, ErrorEvent)]

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -95,7 +95,8 @@ def join(collective_seconds: float) -> World:
         return ALONE
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=collective_seconds))
-    waiting = cast("dist.ProcessGroup", dist.new_group(backend="gloo", timeout=WAITING_LIMIT))
+    waiting = dist.new_group(backend="gloo", timeout=WAITING_LIMIT)
+    assert isinstance(waiting, dist.ProcessGroup), "this process is in the group of all"
     return World(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]), waiting)
 
 

@@ -78,23 +78,26 @@ def judge_failure(
 def _to_blame(pods: Sequence[ObservedPod], lost: ObservedPod | None) -> list[ObservedPod]:
     """Return the pods that did not end well, without those that were only removed because another one had failed.
 
-    A pod that was asked to go then, and still says why it failed itself, is judged by what it says.
+    A pod that was asked to go then, but says why it failed itself or had ended before, is judged by that.
     """
     failed = [pod for pod in pods if pod.exit_code != 0 and (pod.ended or pod == lost)]
     first_end = min((parse_time(pod.ended_at) for pod in failed if pod.ended_at is not None), default=None)
     found = []
     for pod in failed:
-        if pod == lost or first_end is None or not _removed_since(pod, first_end):
+        asked = _asked_to_go(pod)
+        # Times are whole seconds: what happened in the same one may be the cause, and ends of causes come first anyway.
+        if pod == lost or asked is None or first_end is None or asked <= first_end:
             found.append(pod)
-        elif _says_why(pod):
+        elif _says_why(pod) or (pod.ended_at is not None and parse_time(pod.ended_at) < asked):
             found.append(replace(pod, deletion_time=None))
     return found
 
 
-def _removed_since(pod: ObservedPod, first_end: datetime.datetime) -> bool:
+def _asked_to_go(pod: ObservedPod) -> datetime.datetime | None:
+    """Return when a pod's deletion was asked for by nobody that it names."""
     if pod.deletion_time is None or pod.disruption is not None:
-        return False
-    return parse_time(pod.deletion_time) - datetime.timedelta(seconds=pod.deletion_grace) >= first_end
+        return None
+    return parse_time(pod.deletion_time) - datetime.timedelta(seconds=pod.deletion_grace)
 
 
 def _says_why(pod: ObservedPod) -> bool:

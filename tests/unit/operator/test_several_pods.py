@@ -171,6 +171,18 @@ ENDS: dict[str, tuple[tuple[ObservedPod, ...], str, int, bool | None]] = {
     ),
     "removed without a word": ((end(0, 1, 0), end(1, 137, 61, **removed(1))), "InternalError", 0, False),
     "deleted by hand": ((end(0, second=2, **PEER_LOST), end(1, 25, 3, **removed(0))), "PodDeleted", 1, True),
+    "deleted in the second of the other's end": (
+        (end(0, second=0, **PEER_LOST), end(1, 25, 2, **removed(0))),
+        "PodDeleted",
+        1,
+        True,
+    ),
+    "failed in the second of the other's removal": (
+        (end(0, 1, 0), end(1, 25, 2, **removed(0))),
+        "InternalError",
+        0,
+        False,
+    ),
     "deleted at once": (
         (end(0, second=2, **PEER_LOST), node(1, gone=True, node="b", phase="Running", running=True, **removed(0, 0))),
         "PodDeleted",
@@ -190,6 +202,7 @@ ENDS: dict[str, tuple[tuple[ObservedPod, ...], str, int, bool | None]] = {
         0,
         False,
     ),
+    "removed after its end": ((end(0, 137, 0, **removed(5)), end(1, second=2, **PEER_LOST)), "Killed", 0, False),
     "a follower was done": ((end(0, 1, 5), end(1, 0, 3)), "InternalError", 0, False),
     "one never ran": ((end(0, 20, 0, **DATA), node(1, gone=True, **removed(1, 0))), "InvalidData", 0, None),
     "all deleted at once": ((end(0, 25, 3, **removed(0)), end(1, 25, 2, **removed(0))), "PodDeleted", 1, True),
