@@ -78,19 +78,31 @@ def judge_failure(
 def _to_blame(pods: Sequence[ObservedPod], lost: ObservedPod | None) -> list[ObservedPod]:
     """Return the pods that did not end well, without those that were only removed because another one had failed.
 
-    A pod that was asked to go then, but says why it failed itself or had ended before, is judged by that.
+    A pod that was asked to go then, but says why it failed itself or had ended before, is judged by that. Where all the
+    others only lost a connection, the removal is why: a pod whose peers failed first would have lost it as well.
     """
     failed = [pod for pod in pods if pod.exit_code != 0 and (pod.ended or pod == lost)]
     first_end = min((parse_time(pod.ended_at) for pod in failed if pod.ended_at is not None), default=None)
-    found = []
+    found, removed = [], []
     for pod in failed:
         asked = _asked_to_go(pod)
         # Times are whole seconds: what happened in the same one may be the cause, and ends of causes come first anyway.
         if pod == lost or asked is None or first_end is None or asked <= first_end:
             found.append(pod)
-        elif _says_why(pod) or (pod.ended_at is not None and parse_time(pod.ended_at) < asked):
+        elif _says_why(pod) or (pod.exit_code != ExitCode.PREEMPTED and _ended_before(pod, asked)):
             found.append(replace(pod, deletion_time=None))
-    return found
+        else:
+            removed.append(pod)
+    return found if any(not _lost_peer(pod) for pod in found) else found + removed
+
+
+def _lost_peer(pod: ObservedPod) -> bool:
+    report = parse_report(pod.report)
+    return report is not None and report.reason == PEER_LOST
+
+
+def _ended_before(pod: ObservedPod, moment: datetime.datetime) -> bool:
+    return pod.ended_at is not None and parse_time(pod.ended_at) < moment
 
 
 def _asked_to_go(pod: ObservedPod) -> datetime.datetime | None:

@@ -198,9 +198,9 @@ ENDS: dict[str, tuple[tuple[ObservedPod, ...], str, int, bool | None]] = {
     "nobody says why": ((end(0, second=2, **PEER_LOST), end(1, second=1, **PEER_LOST)), "PeerLost", 1, False),
     "nobody but one that was removed": (
         (end(0, second=0, **PEER_LOST), end(1, 25, 2, **removed(1))),
-        "PeerLost",
-        0,
-        False,
+        "PodDeleted",
+        1,
+        True,
     ),
     "removed after its end": ((end(0, 137, 0, **removed(5)), end(1, second=2, **PEER_LOST)), "Killed", 0, False),
     "a follower was done": ((end(0, 1, 5), end(1, 0, 3)), "InternalError", 0, False),
