@@ -130,7 +130,9 @@ def sync(path: Path, home: Path) -> WandbServer:
         environment = {"PATH": os.environ["PATH"], "HOME": str(home), "WANDB_BASE_URL": server.url}
         environment |= {"WANDB_API_KEY": "0" * 40, "WANDB_ERROR_REPORTING": "false"}
         command = [sys.executable, "-m", "wandb", "sync", str(path)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(
+            command, env=environment, cwd=home, capture_output=True, text=True, timeout=120, check=False
+        )
         assert done.returncode == 0, done.stderr
     return server
 
