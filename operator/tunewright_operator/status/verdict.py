@@ -68,14 +68,14 @@ def judge_failure(
         pod = pods[0] if pods else None
         return judge_lost_node(lost) if lost is not None else _judge_pod(job, pod, memory_limit)
     rulings = []
-    for pod in _to_blame(pods, lost):
+    for pod in _to_blame(job, pods, lost):
         ruling = judge_lost_node(pod) if pod == lost else _judge_pod(job, pod, memory_limit)
         message = f"node {pod.index}: {ruling.message}"
         rulings.append(replace(ruling, message=message, pod=pod))
-    return min(rulings, key=_precedence, default=_judge_pod(job, None, memory_limit))
+    return min(rulings, key=lambda ruling: _precedence(job, ruling), default=_judge_pod(job, None, memory_limit))
 
 
-def _to_blame(pods: Sequence[ObservedPod], lost: ObservedPod | None) -> list[ObservedPod]:
+def _to_blame(job: ObservedJob, pods: Sequence[ObservedPod], lost: ObservedPod | None) -> list[ObservedPod]:
     """Return the pods that did not end well, without those that were only removed because another one had failed.
 
     A pod that was asked to go then, but says why it failed itself or had ended before, is judged by that. Where all the
@@ -87,13 +87,18 @@ def _to_blame(pods: Sequence[ObservedPod], lost: ObservedPod | None) -> list[Obs
     for pod in failed:
         asked = _asked_to_go(pod)
         # Times are whole seconds: what happened in the same one may be the cause, and ends of causes come first anyway.
-        if pod == lost or asked is None or first_end is None or asked <= first_end:
+        if pod == lost or asked is None or first_end is None or asked <= first_end or _named(job, pod):
             found.append(pod)
         elif _says_why(pod) or (pod.exit_code != ExitCode.PREEMPTED and _ended_before(pod, asked)):
             found.append(replace(pod, deletion_time=None))
         else:
             removed.append(pod)
     return found if any(not _lost_peer(pod) for pod in found) else found + removed
+
+
+def _named(job: ObservedJob, pod: ObservedPod) -> bool:
+    """Whether the Job says that it failed by the end of this pod: "for pod NAMESPACE/NAME failed with ..."."""
+    return f"/{pod.name} " in job.message
 
 
 def _lost_peer(pod: ObservedPod) -> bool:
@@ -119,11 +124,11 @@ def _says_why(pod: ObservedPod) -> bool:
     return report is not None and report.exit_code == pod.exit_code and pod.exit_code != ExitCode.PREEMPTED
 
 
-def _precedence(ruling: Verdict) -> tuple[bool, str]:
-    """Order verdicts: causes before consequences, then by time."""
+def _precedence(job: ObservedJob, ruling: Verdict) -> tuple[bool, str, bool]:
+    """Order verdicts: causes before consequences, then by time, and of one second the one that the Job names."""
     assert ruling.pod is not None
     # A pod without an end comes after all that have one: RFC 3339 times begin with a digit.
-    return ruling.cause == PEER_LOST, ruling.pod.ended_at or "~"
+    return ruling.cause == PEER_LOST, ruling.pod.ended_at or "~", not _named(job, ruling.pod)
 
 
 def _judge_pod(job: ObservedJob, pod: ObservedPod | None, memory_limit: str) -> Verdict:

@@ -223,6 +223,28 @@ def test_whose_end_is_the_cause(pods: tuple[ObservedPod, ...], cause: str, blame
     assert (status.phase == "Failed") == (free is None)
 
 
+@pytest.mark.parametrize(
+    ("leader", "follower"),
+    [
+        (end(0, 25, 2, **removed(2)), end(1, 25, 2, **removed(1))),
+        # The kubelet moves the time of a deletion to its end, with no grace.
+        (end(0, 25, 2, **removed(2)), end(1, 25, 2, **removed(3, 0))),
+        (end(0, 25, 2, **removed(3, 0)), end(1, 25, 2, **removed(3, 0))),
+        (end(0, second=2, **PEER_LOST), end(1, 25, 2, **removed(3, 0))),
+    ],
+)
+@pytest.mark.parametrize("named", [0, 1])
+def test_of_one_second_the_pod_that_the_job_names(leader: ObservedPod, follower: ObservedPod, named: int) -> None:
+    """Kubernetes tells times in whole seconds; which pod made the Job fail it says by name."""
+    message = (
+        f"Container trainer for pod a/bot-train-1-{named}-x failed with exit code 25 matching FailJob rule at index 1"
+    )
+    failed = replace(JOB, finished="Failed", message=message)
+    attempt = decide(PAIR, created(), seen(leader, follower, job=failed), later(90), SETTINGS).status.attempts[-1]
+    blamed = 1 if leader.exit_code == 1 else named
+    assert (attempt.cause, attempt.message) == ("PodDeleted", f"node {blamed}: pod bot-train-1-{blamed}-x was deleted")
+
+
 def test_no_pod_is_left() -> None:
     """Then the Job's own words are all there is."""
     gone = seen(job=replace(JOB, finished="Failed", message="Job has failed"))
