@@ -108,10 +108,11 @@ def test_suspend_and_resume(api: Api, operator: Operator) -> None:
 
 
 def finish_deletion(api: Api) -> None:
-    """Remove pods that wait for a kubelet to say that their containers are gone."""
-    for pod in api.items("pods"):
-        api.delete("pods", pod["metadata"]["name"], gracePeriodSeconds=0)
-    wait(lambda: not api.items("pods"), "removal of the pods")
+    """Remove pods that wait for a kubelet to say that their containers are gone; the next attempt may be there then."""
+    names = {pod["metadata"]["name"] for pod in api.items("pods")}
+    for name in names:
+        api.delete("pods", name, gracePeriodSeconds=0)
+    wait(lambda: names.isdisjoint(pod["metadata"]["name"] for pod in api.items("pods")), "removal of the pods")
 
 
 def test_created_suspended(api: Api, operator: Operator) -> None:
