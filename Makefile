@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: help venv generate check unit operator-only binaries integration trainer images e2e test demo clean \
-	bench-controlplane bench-trainer
+	bench-controlplane bench-trainer bench-data
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -80,8 +80,11 @@ demo: venv ## A fine-tuning run from nothing: cluster, S3, operator, SmolLM2, ad
 bench-controlplane: venv ## Measure the operator with 200 to 5,000 FineTuneJobs
 	$(BIN)/python -m bench.controlplane
 
-bench-trainer: venv ## Measure the trainer against a plain TRL script
+bench-trainer: venv ## Measure the trainer against plain scripts, and packing against padding
 	$(BIN)/python -m bench.trainer
+
+bench-data: venv ## Measure checking and tokenising a million rows
+	$(BIN)/python -m bench.data
 
 clean: ## Stop the embedded clusters and remove the environments
 	-$(BIN)/python -m tests.cluster down

@@ -1,198 +1,96 @@
-"""What the supervisor and the worker cost: `make bench-trainer`.
+"""What the supervisor and the worker cost, and what packing brings: `make bench-trainer`.
 
-A run through supervisor and worker and a plain TRL script with the same arguments train SmolLM2-135M with LoRA on the
+For each row, a run through supervisor and worker and a plain script with the same arguments train SmolLM2-135M on the
 same rows in the same order, at the same time, each on a core of its own; the next pair swaps the cores. One after the
 other would measure the machine: on shared hardware its speed drifts by 10 % within a minute. A step is timed in both
-from `on_step_begin` to `on_log`; the headline is the median over the pairs of the ratio of all steps but the first.
-Whole training times hold everything between the steps as well.
+from `on_step_begin` to `on_log`; the estimate is the median over the pairs of the ratio of all steps but the first.
+Whole training times hold everything between the steps as well. The plain script waits for the worker's training to
+begin: the worker has more to do before it, and would else have the machine to itself at the end.
+
+Rows are merged into results.json one by one, each with the conditions that it was measured under.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import statistics
-import subprocess
 import sys
-import tempfile
-import time
-from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from bench.machine import conditions
+from bench.trainer import packing
+from bench.trainer.runs import EVENTS, Numbers, Setting, ours, pairs, plain
+from bench.trainer.summary import compare, event_cost, print_all, timed
+from bench.trainer.table import HEADLINE, NAMES, PACKING, ROWS, Row
 from tests.cluster.model import smollm2
 from tunewright_trainer.hardware import find_hardware
-from tunewright_trainer.protocol import ResultEvent, StepEvent, parse_event, write_event
 
-ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results.json"
-ROWS = ROOT / "examples" / "data" / "docstrings-train.jsonl"
-Numbers = dict[str, Any]
 
 
 def main() -> int:
-    """Run the benchmark, print its table, and write results.json."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=8, help="pairs of runs; even, so that each has each core as often")
-    parser.add_argument("--steps", type=int, default=12, help="optimizer steps per run")
-    parser.add_argument("--batch", type=int, default=2, help="rows per step")
-    parser.add_argument("--tokens", type=int, default=128, help="tokens a row is cut to")
-    given = parser.parse_args()
-    given.dtype = "BFloat16" if find_hardware(0).computes_bfloat16 else "Float32"
-    os.environ["OMP_NUM_THREADS"] = "1"
-    model = smollm2()
-    ours: list[Numbers] = []
-    plain: list[Numbers] = []
-    cores = sorted(os.sched_getaffinity(0))[:2]
-    for _ in range(given.pairs):
-        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-            one = pool.submit(run_ours, model, Path(folder) / "ours", given, cores[0])
-            other = pool.submit(run_plain, model, Path(folder) / "plain", given, cores[1])
-            ours.append(one.result())
-            plain.append(other.result())
-        cores.reverse()
-        print(f"steps: ours {steps(ours[-1]):6.2f} s, plain {steps(plain[-1]):6.2f} s", flush=True)
-    result = summarise(ours, plain, given)
-    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
-    print_table(result)
+    """Measure the rows that are asked for, write each into results.json, and print the table."""
+    given = parse_arguments()
+    dtype = "BFloat16" if find_hardware(0).computes_bfloat16 else "Float32"
+    setting = Setting(smollm2(), dtype)
+    for name in given.rows:
+        before = conditions()
+        if name == PACKING:
+            pair_count, steps = given.pairs or packing.PAIRS, given.steps or packing.STEPS
+            numbers = packing.measure(setting, pair_count, steps, given.packing_tokens)
+        else:
+            (row,) = (row for row in ROWS if row.name == name)
+            numbers = measure(replace(row, pairs=given.pairs or row.pairs, steps=given.steps or row.steps), setting)
+        keep(given.results, name, {**before, "dtype": dtype, **numbers})
+    print_all(read(given.results), given.rows)
     return 0
 
 
-def run_ours(model: Path, folder: Path, given: argparse.Namespace, core: int) -> Numbers:
-    """Train through supervisor and worker."""
-    folder.mkdir()
-    spec = {
-        "model": {"uri": str(model), "dtype": given.dtype},
-        "dataset": {"train": [{"uri": str(ROWS)}]},
-        "method": {"type": "LoRA"},
-        "hyperparameters": {
-            "maxSteps": given.steps,
-            "batchSize": given.batch,
-            "gradientAccumulationSteps": 1,
-            "maxSequenceLength": given.tokens,
-        },
-        "output": {"uri": str(folder / "published")},
-        "resources": {"gpus": 0},
-    }
-    head = {"apiVersion": "tunewright.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "bench"}}
-    (folder / "job.json").write_text(json.dumps({**head, "spec": spec}))
-    work = folder / "work"
-    work.mkdir()
-    command = [*on_core(core), sys.executable, "-m", "bench.trainer.supervised", str(folder / "job.json"), str(work)]
-    numbers = last_line(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False))
-    events = [parse_event(line) for line in (work / "events.jsonl").read_text().splitlines()]
-    steps = [e for e in events if isinstance(e, StepEvent)]
-    (result,) = [e for e in events if isinstance(e, ResultEvent)]
-    tokens = [step.tokens or 0 for step in steps]
-    rates = [step.tokens_per_second or 0.0 for step in steps]
-    return {
-        **numbers,
-        "train_seconds": result.train_seconds,
-        "step_seconds": [(b - a) / rate for a, b, rate in zip([0, *tokens], tokens, rates, strict=False)],
-        "losses": [step.loss for step in steps],
-        "tokens": tokens,
-        "peak_bytes": result.peak_memory_bytes,
-    }
+def parse_arguments() -> argparse.Namespace:
+    """Return what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=names, default=list(NAMES), help=f"some of {','.join(NAMES)}; default: all")
+    parser.add_argument("--pairs", type=int, help="pairs of runs per row instead of the row's own number; even")
+    parser.add_argument("--steps", type=int, help="optimizer steps per run instead of the row's own number")
+    parser.add_argument("--packing-tokens", type=int, default=512, help="sequence length of the row packing")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file that the rows are merged into")
+    return parser.parse_args()
 
 
-def run_plain(model: Path, folder: Path, given: argparse.Namespace, core: int) -> Numbers:
-    """Train with the plain script."""
-    arguments = [str(model), str(ROWS), str(given.steps), str(given.batch), str(given.tokens), given.dtype, str(folder)]
-    command = [*on_core(core), sys.executable, str(ROOT / "bench" / "trainer" / "plain_trl.py"), *arguments]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return last_line(subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False))
+def names(text: str) -> list[str]:
+    """Parse --rows."""
+    unknown = [name for name in text.split(",") if name not in NAMES]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no row is called {', '.join(unknown)}: there are {', '.join(NAMES)}")
+    return text.split(",")
 
 
-def last_line(process: subprocess.CompletedProcess[str]) -> Numbers:
-    """Return the JSON that a run printed last."""
-    if process.returncode != 0:
-        sys.exit(f"{process.args} failed:\n{process.stdout[-2000:]}\n{process.stderr[-2000:]}")
-    numbers: Numbers = json.loads(process.stdout.splitlines()[-1])
-    return numbers
+def measure(row: Row, setting: Setting) -> Numbers:
+    """Run the pairs of a row and return its numbers."""
+    runs = []
+    for one, other in pairs(
+        row.pairs,
+        lambda _: ours(row, setting),
+        lambda folder: plain(row, setting, starts_with=folder / "first" / EVENTS),
+    ):
+        runs.append((one, other))
+        print(f"{row.name:20} steps: ours {timed(one):6.2f} s, plain {timed(other):6.2f} s", flush=True)
+    numbers = compare(row, runs)
+    return {**numbers, "event_microseconds": event_cost() * 1e6} if row.name == HEADLINE else numbers
 
 
-def on_core(core: int) -> list[str]:
-    """Return the command that holds what follows, and its children, to one core."""
-    return ["taskset", "--cpu-list", str(core)]
+def read(results: Path) -> dict[str, Numbers]:
+    """Return the recorded rows."""
+    rows: dict[str, Numbers] = json.loads(results.read_text())["rows"] if results.exists() else {}
+    return rows
 
 
-def steps(numbers: Numbers) -> float:
-    """Return the seconds of all steps but the first, which warms caches up."""
-    return float(sum(numbers["step_seconds"][1:]))
-
-
-def summarise(ours: list[Numbers], plain: list[Numbers], given: argparse.Namespace) -> Numbers:
-    """Return the document of results.json."""
-    pairs = list(zip(ours, plain, strict=True))
-    return {
-        "machine": {
-            "cpu": cpu_name(),
-            "cores": os.cpu_count(),
-            "load_average": [round(load, 1) for load in os.getloadavg()],
-        },
-        "versions": {name: version(name) for name in ("tunewright", "torch", "transformers", "trl", "peft")}
-        | {"python": platform.python_version()},
-        "arguments": vars(given),
-        "rows": [row("tunewright", ours), row("plain TRL", plain)],
-        "step_time_ratio": statistics.median(steps(a) / steps(b) for a, b in pairs),
-        "step_time_ratios": [steps(a) / steps(b) for a, b in pairs],
-        "train_time_ratio": statistics.median(a["train_seconds"] / b["train_seconds"] for a, b in pairs),
-        "largest_loss_difference": max(
-            abs(a - b) for a, b in zip(ours[0]["losses"][:2], plain[0]["losses"][:2], strict=True)
-        ),
-        "worker_start_seconds": statistics.median(n["worker_start_seconds"] for n in ours),
-        "supervisor_peak_mib": max(n["supervisor_peak_bytes"] for n in ours) / 2**20,
-        "event_microseconds": event_cost() * 1e6,
-        "runs": {"tunewright": ours, "plain TRL": plain},
-    }
-
-
-def row(name: str, runs: list[Numbers]) -> Numbers:
-    """Return a row of the table."""
-    tokens = runs[0]["tokens"]
-    seconds = statistics.median(steps(run) for run in runs)
-    return {
-        "name": name,
-        "runs": len(runs),
-        "step_seconds": seconds / (len(tokens) - 1),
-        "tokens_per_second": (tokens[-1] - tokens[0]) / seconds,
-        "train_seconds": statistics.median(run["train_seconds"] for run in runs),
-        "peak_mib": max(run["peak_bytes"] for run in runs) / 2**20,
-    }
-
-
-def event_cost(count: int = 1000) -> float:
-    """Return the seconds that reporting one step takes."""
-    event = StepEvent(step=1, epoch=0.1, loss=1.0, learning_rate=1e-4, grad_norm=1.0, tokens=1, tokens_per_second=1.0)
-    with tempfile.TemporaryDirectory() as folder:
-        began = time.perf_counter()
-        for _ in range(count):
-            write_event(Path(folder), event)
-        return (time.perf_counter() - began) / count
-
-
-def cpu_name() -> str:
-    """Return the processor's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def print_table(result: Numbers) -> None:
-    """Print the rows and, last, the headline."""
-    print(f"\n{'':12}{'s/step':>10}{'tokens/s':>12}{'training s':>12}{'peak MiB':>12}")
-    for r in result["rows"]:
-        print(
-            f"{r['name']:12}{r['step_seconds']:10.3f}{r['tokens_per_second']:12.1f}"
-            f"{r['train_seconds']:12.2f}{r['peak_mib']:12.0f}"
-        )
-    print(f"one event: {result['event_microseconds']:.0f} microseconds")
-    print(f"worker starts {result['worker_start_seconds']:.2f} s after the supervisor (limit 1.5)")
-    print(f"supervisor peak RSS {result['supervisor_peak_mib']:.0f} MiB (limit 150)")
-    print(f"training time, tunewright / plain TRL: {result['train_time_ratio']:.3f}")
-    print(f"step time, tunewright / plain TRL: {result['step_time_ratio']:.3f} (limit 1.02)")
+def keep(results: Path, name: str, numbers: Numbers) -> None:
+    """Put a row into the file; the others stay as they are."""
+    rows = {**read(results), name: numbers}
+    ordered = {name: rows[name] for name in NAMES if name in rows}
+    results.write_text(json.dumps({"rows": ordered}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from bench.machine import peak_bytes
 from tunewright_api.run_config import StorageSettings, build_train_run
 from tunewright_api.validation import parse_finetunejob
 from tunewright_trainer import supervisor
@@ -41,12 +42,6 @@ def main() -> int:
     }
     print(json.dumps(numbers))
     return report.exit_code
-
-
-def peak_bytes() -> int:
-    """Return the peak of this process's resident memory; getrusage would count the parent's at the fork as well."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 if __name__ == "__main__":

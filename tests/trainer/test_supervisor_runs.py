@@ -154,6 +154,29 @@ def test_pvc_and_local_paths(tmp_path: Path) -> None:
         assert (volume / "out" / str(report.run_key) / "manifest.json").is_file()
 
 
+def test_checking_says_how_far_it_is(tmp_path: Path) -> None:
+    """While many rows are checked, the percentage grows with the bytes read."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    files = {"config.json": b'{"model_type": "llama"}', "model.safetensors": safetensors(), "tokenizer.json": b"{}"}
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    (tmp_path / "train.jsonl").write_text(ROWS * 25_000)
+    seen: list[Progress] = []
+    document = make_run(
+        None,
+        local=True,
+        model={"uri": str(folder)},
+        dataset={"train": [{"uri": str(tmp_path / "train.jsonl")}]},
+        output={"uri": str(tmp_path / "out")},
+    )
+    supervisor.run(document, make_settings(tmp_path / "work", local=True, on_progress=seen.append))
+    percents = [progress.percent for progress in seen if progress.stage == "Checking"]
+    assert percents == sorted(percents)
+    assert len(percents) > 10
+    assert percents[-1] == 100.0
+
+
 def test_s3_may_fail_all_the_way(inputs: Bucket, tmp_path: Path) -> None:
     """With every second request answered 503 or dropped, at all stages, the run still ends well."""
     with proxied(inputs.server) as proxy:

@@ -71,6 +71,7 @@ def test_fixed_seed_gives_pinned_losses(objective: str, method: str, make_task: 
     """Every recipe trains to the recorded losses, step by step, and its files load to the trained logits."""
     events = train(task_of(make_task, objective, {"type": method}, hyperparameters={"learningRate": 0.002}))
     losses = [event.loss for event in events.of(StepEvent)]
+    assert all(event.tokens_per_second for event in events.of(StepEvent))
     expected = PINNED[objective, method]
     assert losses == pytest.approx(expected, abs=LOSS_TOLERANCE), [round(x or 0, 4) for x in losses]
     (result,) = events.of(ResultEvent)

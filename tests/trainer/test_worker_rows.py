@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import trl
+from pydantic import BaseModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tunewright_trainer import rows as rows_module
+from tunewright_trainer.callback import TokenisingReport
 from tunewright_trainer.errors import InvalidConfiguration, InvalidData, InvalidModel
-from tunewright_trainer.protocol import RowFormat
-from tunewright_trainer.rows import IGNORED, TokenRow, row_tokenizer, write_token_file
+from tunewright_trainer.protocol import RowFormat, StageEvent
+from tunewright_trainer.rows import IGNORED, TokenRow, read_rows, row_tokenizer, write_token_file
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -55,6 +57,25 @@ def test_text_is_learned_whole(tokenizer: PreTrainedTokenizerBase) -> None:
     first, second = tokenize(tokenizer, "Text", {"text": "One two."}, {"text": "One<|im_end|>"})
     assert marked(tokenizer, first) == ["[One]", "[ two]", "[.]", "[<|im_end|>]"]
     assert marked(tokenizer, second) == ["[One]", "[<|im_end|>]"]
+
+
+@pytest.mark.parametrize(
+    ("seconds_per_row", "expected"), [(2.0, [(4, 50.0), (7, 87.5), (8, 100.0)]), (0.1, [])], ids=["slow", "fast"]
+)
+def test_tokenising_says_how_far_it_is(
+    seconds_per_row: float, expected: list[tuple[int, float]], tmp_path: Path
+) -> None:
+    """Every five seconds, and once more after the last row; a file that takes less is not worth a word."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "A"}\n' * 8)
+    times = [0.0]
+    said: list[BaseModel] = []
+    for _ in read_rows(path, TokenisingReport(said.append, path, "training", clock=lambda: times[-1])):
+        times.append(times[-1] + seconds_per_row)
+    assert said == [
+        StageEvent(stage="Loading", message=f"{rows} training rows tokenised", percent=percent)
+        for rows, percent in expected
+    ]
 
 
 def test_text_ignores_the_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from tests.trainer.conftest import EXCHANGES, Events, MakeTask, Train
 from tests.trainer.plain_trl import losses_of_plain_trl
@@ -247,13 +247,20 @@ def test_files_that_are_not_the_model_are_not_published(
         train(make_task())
 
 
-def test_packing_keeps_rows_apart(make_task: MakeTask, train: Train) -> None:
-    """Rows in one sequence do not see each other: one step over all rows has the same loss, packed or not."""
+@pytest.mark.parametrize("stateful", [False, True], ids=["in rows", "end to end"])
+def test_packing_keeps_rows_apart(
+    stateful: bool, make_task: MakeTask, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows in one sequence do not see each other: one step over all rows has the same loss and as many tokens, packed
+    or not, and so it has in the layout that models with a state get."""
+    monkeypatch.setattr(LlamaForCausalLM, "_is_stateful", stateful)
     method = {"type": "LoRA", "lora": {"dropout": 0.0}}
     one_step = {"maxSteps": 1, "batchSize": len(EXCHANGES), "maxSequenceLength": 512}
     plain = train(make_task(method=method, hyperparameters=one_step))
     packed = train(make_task(method=method, hyperparameters={**one_step, "packing": True}))
-    assert plain.of(StepEvent)[0].loss == pytest.approx(packed.of(StepEvent)[0].loss, abs=1e-4)
+    first, second = plain.of(StepEvent)[0], packed.of(StepEvent)[0]
+    assert first.loss == pytest.approx(second.loss, abs=1e-4)
+    assert first.tokens == second.tokens
 
 
 def files_below(folder: Path) -> set[str]:

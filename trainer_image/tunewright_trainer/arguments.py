@@ -123,12 +123,12 @@ def check_extra(run: TrainRun, common: dict[str, Any]) -> None:
         raise InvalidConfiguration(f"hyperparameters.extra: {error}") from None
 
 
-def sft_config(run: TrainRun, common: dict[str, Any]) -> SFTConfig:
-    """Return the arguments of supervised fine-tuning."""
+def sft_config(run: TrainRun, common: dict[str, Any], *, packing: bool) -> SFTConfig:
+    """Return the arguments of supervised fine-tuning; `packing` makes TRL lay a batch out as one sequence."""
     return SFTConfig(
         **common,
         max_length=run.hyperparameters.max_sequence_length,
-        packing=run.hyperparameters.packing,
+        packing=packing,
         eval_packing=False,  # the evaluation loss does not depend on how training rows are packed
         dataset_kwargs={"skip_prepare_dataset": True},  # rows arrive tokenised, cut and packed
     )
@@ -194,5 +194,6 @@ def ppo_arguments(common: dict[str, Any]) -> TrainingArguments:
 
 
 def classification_arguments(common: dict[str, Any]) -> TrainingArguments:
-    """Return the arguments of a classifier's training."""
-    return TrainingArguments(**{**common, "gradient_checkpointing": False})
+    """Return the arguments of a classifier's training; TRL's trainers count tokens by themselves."""
+    own = {"gradient_checkpointing": False, "include_num_input_tokens_seen": "non_padding"}
+    return TrainingArguments(**{**common, **own})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -14,9 +15,11 @@ from tunewright_trainer.errors import Diverged
 from tunewright_trainer.protocol import EvaluationEvent, StageEvent, StepEvent
 
 Report = Callable[[BaseModel], None]
+TOKENISING_REPORT_SECONDS = 5.0
+"""A third of the interval of the heartbeat, so that no line of the log is old news."""
 _OWN_FIELDS = frozenset(
     {
-        *("loss", "learning_rate", "grad_norm", "num_tokens", "epoch", "step"),
+        *("loss", "learning_rate", "grad_norm", "num_tokens", "num_input_tokens_seen", "epoch", "step"),
         *("runtime", "samples_per_second", "steps_per_second", "model_preparation_time"),
     }
 )
@@ -56,7 +59,7 @@ class ProgressCallback(TrainerCallback):
         if logs is None or "loss" not in logs:
             return
         seconds = self._clock() - self._began
-        tokens = int(logs.get("num_tokens", 0))
+        tokens = int(logs.get("num_tokens", logs.get("num_input_tokens_seen", 0)))  # TRL's name, transformers' name
         self._report(
             StepEvent(
                 step=state.global_step,
@@ -96,6 +99,33 @@ class ProgressCallback(TrainerCallback):
         check_loss(loss, f"evaluation loss at step {state.global_step}")
         if 0 < state.global_step < state.max_steps:
             self._report(StageEvent(stage="Training"))
+
+
+class TokenisingReport:
+    """Report now and then how many rows of a file are tokenised: a sign of life, too, of a worker that has much to do
+    before its first step. It is called with the bytes of each row."""
+
+    def __init__(self, report: Report, path: Path, label: str, clock: Callable[[], float] = time.monotonic) -> None:
+        """Take the file, and what its rows are: "training" or "validation"."""
+        self._report = report
+        self._label = label
+        self._clock = clock
+        self._total = path.stat().st_size
+        self._last = clock()
+        self._bytes = 0
+        self._rows = 0
+        self._has_reported = False
+
+    def __call__(self, size: int) -> None:
+        """Take note of a row; of the last one it is said as well, if anything was said before."""
+        self._bytes += size
+        self._rows += 1
+        due = self._clock() - self._last >= TOKENISING_REPORT_SECONDS
+        if due or (self._has_reported and self._bytes == self._total):
+            self._has_reported, self._last = True, self._clock()
+            message = f"{self._rows:,} {self._label} rows tokenised"
+            percent = round(100 * self._bytes / self._total, 1)
+            self._report(StageEvent(stage="Loading", message=message, percent=percent))
 
 
 def further(logs: Mapping[str, float]) -> dict[str, float] | None:

@@ -16,7 +16,7 @@ from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedMode
 from tunewright_trainer import recipe, verify
 from tunewright_trainer.adapter import adapter_config
 from tunewright_trainer.arguments import classification_arguments
-from tunewright_trainer.callback import ProgressCallback, Report
+from tunewright_trainer.callback import ProgressCallback, Report, TokenisingReport
 from tunewright_trainer.errors import InvalidData
 from tunewright_trainer.protocol import WorkerTask
 from tunewright_trainer.recipe import Setup, Trained
@@ -39,7 +39,7 @@ def train_and_save(setup: Setup, report: Report) -> Trained | None:
     assert run.objective.classification is not None, "resolve_objective fills the block"
     given = run.objective.classification.labels
     labels = tuple(given or setup.world.once_per_pod(lambda: labels_of(task.train_path)))
-    train_rows, validation = recipe.token_files(setup, lambda path, label: tokenize(setup, labels, path, label))
+    train_rows, validation = recipe.token_files(setup, lambda path, label: tokenize(setup, labels, path, label, report))
     trainer = build_trainer(setup, recipe.load_base(setup, labels), train_rows, validation, report)
     probes = cast("Dataset", trainer.train_dataset)[: verify.PROBE_ROWS]["input_ids"]
     return recipe.learn(setup, trainer, train_rows, report, probes=probes, outputs=labels)
@@ -61,7 +61,7 @@ def labels_of(path: Path) -> list[str]:
     return sorted(found, key=lambda label: (not label.isdecimal(), int(label) if label.isdecimal() else 0, label))
 
 
-def tokenize(setup: Setup, labels: Sequence[str], path: Path, label: str) -> TokenFile:
+def tokenize(setup: Setup, labels: Sequence[str], path: Path, label: str, report: Report) -> TokenFile:
     """Tokenise a file of labelled texts to disk.
 
     Raises:
@@ -69,12 +69,13 @@ def tokenize(setup: Setup, labels: Sequence[str], path: Path, label: str) -> Tok
     """
     limit = setup.task.run.hyperparameters.max_sequence_length
     numbers = {name: number for number, name in enumerate(labels)}
+    advance = TokenisingReport(report, path, label)
     cut = 0
 
     def rows() -> Iterator[dict[str, Any] | None]:
         nonlocal cut
         first = 1
-        for batch in batched(read_rows(path), BATCH_ROWS):
+        for batch in batched(read_rows(path, advance), BATCH_ROWS):
             encoded = setup.tokenizer([row["text"] for row in batch], return_attention_mask=False, verbose=False)
             for number, (row, ids) in enumerate(zip(batch, encoded["input_ids"], strict=True), first):
                 if row["label"] not in numbers:

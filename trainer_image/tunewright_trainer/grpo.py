@@ -17,7 +17,7 @@ from trl import GRPOTrainer
 from tunewright_trainer import recipe, samples, verify
 from tunewright_trainer.adapter import adapter_config
 from tunewright_trainer.arguments import grpo_config
-from tunewright_trainer.callback import ProgressCallback, Report
+from tunewright_trainer.callback import ProgressCallback, Report, TokenisingReport
 from tunewright_trainer.errors import InvalidData
 from tunewright_trainer.prompt_rows import write_prompts
 from tunewright_trainer.protocol import EvaluationEvent, StepEvent, WorkerTask
@@ -63,9 +63,7 @@ def train_and_save(setup: Setup, report: Report) -> Trained | None:
     settings = run.objective.grpo
     assert settings is not None, "a rule asks for the block"
     limit = settings.max_prompt_length or run.hyperparameters.max_sequence_length - settings.max_completion_length
-    train_rows, validation = recipe.token_files(
-        setup, lambda path, label: write_prompts(setup.tokenizer, path, label, setup.scratch, limit)
-    )
+    train_rows, validation = recipe.token_files(setup, lambda path, label: tokenize(setup, path, label, limit, report))
     check_count(setup, train_rows.rows)
     rewards = build_rewards(settings.rewards, load_reward_models(setup))
     trainer = build_trainer(setup, recipe.load_base(setup), rewards, train_rows, validation, report)
@@ -77,6 +75,12 @@ def train_and_save(setup: Setup, report: Report) -> Trained | None:
         probes=trainer.train_dataset[: verify.PROBE_ROWS]["prompt"],
         prompts=read_prompts(trainer.eval_dataset or trainer.train_dataset, run.objective.reward_columns),
     )
+
+
+def tokenize(setup: Setup, path: Path, label: str, limit: int, report: Report) -> TokenFile:
+    """Tokenise a file of prompts to disk; see `write_prompts`."""
+    advance = TokenisingReport(report, path, label)
+    return write_prompts(setup.tokenizer, path, label, setup.scratch, limit, advance)
 
 
 def check_count(setup: Setup, rows: int) -> None:

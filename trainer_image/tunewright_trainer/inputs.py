@@ -13,7 +13,7 @@ from tunewright_trainer import dataset, model_files
 from tunewright_trainer.dataset import PreparedData
 from tunewright_trainer.start_adapter import StartAdapter
 from tunewright_trainer.storage import Storage, join
-from tunewright_trainer.transfer import Advance, Stop, StoredFile, ignore
+from tunewright_trainer.transfer import Advance, Stop, StoredFile
 
 if TYPE_CHECKING:
     from tunewright_trainer.hub import HubSnapshot
@@ -75,13 +75,18 @@ class Inputs:
         return {reward.uri: reward.digest for reward in self.reward_models}
 
     @property
+    def data_bytes(self) -> int:
+        """Size of the data files."""
+        return sum(file.size_bytes for file in self.data.values())
+
+    @property
     def size_bytes(self) -> int:
         """Size of all that is fetched."""
         others = [r.base for r in self.reward_models if r.base is not None and not self.is_own_model(r.base)]
         models = sum(model.size_bytes for model in (self.model, *others))
         rewards = sum(reward.manifest.size_bytes for reward in self.reward_models)
         adapter = self.adapter.size_bytes if self.adapter is not None else 0
-        return models + rewards + adapter + sum(found.size_bytes for found in self.data.values())
+        return models + rewards + adapter + self.data_bytes
 
     def is_own_model(self, model: ModelInput) -> bool:
         """Tell whether a model is the one that is trained."""
@@ -161,9 +166,18 @@ def fetch_model(run: TrainRun, model: ModelInput, storage: Storage, folder: Path
 
 
 def fetch_data(
-    run: TrainRun, inputs: Inputs, storage: Storage, folder: Path, stop: Stop, advance: Advance
+    run: TrainRun, inputs: Inputs, storage: Storage, folder: Path, stop: Stop, advance: Advance, checked: Advance
 ) -> PreparedData:
     """Bring the data to this machine, check every row and write down the rows for the worker.
+
+    Args:
+        run: The run document.
+        inputs: What was found.
+        storage: Where the data lies.
+        folder: Where it goes.
+        stop: Ends the work when it is requested.
+        advance: Told the bytes fetched.
+        checked: Told the bytes whose rows are checked.
 
     Raises:
         InvalidData: Rows or files are unusable.
@@ -183,7 +197,7 @@ def fetch_data(
             downloads.append((uri, file, paths[address][uri]))
     storage.download(downloads, advance)
     seed, objective = run.hyperparameters.seed, run.objective
-    return dataset.prepare(run.dataset, paths, folder, seed, stop, ignore, objective.type, objective.reward_columns)
+    return dataset.prepare(run.dataset, paths, folder, seed, stop, checked, objective.type, objective.reward_columns)
 
 
 def _fetch_from_hub(run: TrainRun, found: SourceFiles, folder: Path, stop: Stop, advance: Advance) -> dict[str, Path]:

@@ -33,7 +33,6 @@ from tunewright_trainer.adapter import adapter_config
 from tunewright_trainer.arguments import ppo_arguments
 from tunewright_trainer.callback import Report, check_loss
 from tunewright_trainer.ppo_rollout import ActorCritic, Prompt, Rollout, Sampler, read_prompts
-from tunewright_trainer.prompt_rows import write_prompts
 from tunewright_trainer.protocol import EvaluationEvent, StageEvent, StepEvent, WorkerTask
 from tunewright_trainer.recipe import Setup, Trained
 from tunewright_trainer.reward_models import load_reward_models
@@ -59,10 +58,10 @@ def train_and_save(setup: Setup, report: Report) -> Trained:
     settings = run.objective.ppo
     assert settings is not None, "a rule asks for the block"
     limit = settings.max_prompt_length or run.hyperparameters.max_sequence_length - settings.max_completion_length
-    train_rows = write_prompts(setup.tokenizer, task.train_path, "training", setup.scratch, limit)
+    train_rows = grpo.tokenize(setup, task.train_path, "training", limit, report)
     prompts, validation = Dataset.from_file(str(train_rows.path)), None
     if task.validation_path is not None:
-        written = write_prompts(setup.tokenizer, task.validation_path, "validation", setup.scratch, limit)
+        written = grpo.tokenize(setup, task.validation_path, "validation", limit, report)
         validation = Dataset.from_file(str(written.path))
     rewards = build_rewards(settings.rewards, load_reward_models(setup))
     base = recipe.load_base(setup)

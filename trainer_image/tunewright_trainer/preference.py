@@ -13,7 +13,7 @@ from trl import DPOTrainer, KTOTrainer
 from tunewright_trainer import preference_rows, recipe, samples, verify
 from tunewright_trainer.adapter import adapter_config
 from tunewright_trainer.arguments import dpo_config, kto_config
-from tunewright_trainer.callback import ProgressCallback, Report
+from tunewright_trainer.callback import ProgressCallback, Report, TokenisingReport
 from tunewright_trainer.preference_rows import PreferenceTokenizer
 from tunewright_trainer.protocol import WorkerTask
 from tunewright_trainer.recipe import Setup, Trained
@@ -46,7 +46,7 @@ def train_and_save(setup: Setup, report: Report) -> Trained | None:
     settings = run.objective.dpo or run.objective.kto
     assert settings is not None, "resolve_objective fills the block"
     rows = PreferenceTokenizer(setup.tokenizer, run.hyperparameters.max_sequence_length, settings.max_prompt_length)
-    train_rows, validation = recipe.token_files(setup, lambda path, label: tokenize(setup, rows, path, label))
+    train_rows, validation = recipe.token_files(setup, lambda path, label: tokenize(setup, rows, path, label, report))
     trainer = build_trainer(setup, recipe.load_start(setup), train_rows, validation, report)
     answer = "chosen_ids" if run.objective.type == "DPO" else "completion_ids"
     first = trainer.train_dataset[: verify.PROBE_ROWS]
@@ -60,15 +60,17 @@ def train_and_save(setup: Setup, report: Report) -> Trained | None:
     )
 
 
-def tokenize(setup: Setup, rows: PreferenceTokenizer, path: Path, label: str) -> TokenFile:
+def tokenize(setup: Setup, rows: PreferenceTokenizer, path: Path, label: str, report: Report) -> TokenFile:
     """Tokenise a file of rows to disk.
 
     Raises:
         InvalidData: No row is left within the length limit.
     """
+    advance = TokenisingReport(report, path, label)
     if setup.task.run.objective.type == "DPO":
-        return preference_rows.write_pairs(rows, path, label, setup.scratch)
-    return preference_rows.write_singles(rows, path, label, setup.scratch, setup.task.run.hyperparameters.batch_size)
+        return preference_rows.write_pairs(rows, path, label, setup.scratch, advance)
+    batch_size = setup.task.run.hyperparameters.batch_size
+    return preference_rows.write_singles(rows, path, label, setup.scratch, batch_size, advance)
 
 
 def build_trainer(

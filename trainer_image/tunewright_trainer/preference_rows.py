@@ -27,6 +27,7 @@ from tunewright_trainer.rows import (
     row_tokenizer,
     write_arrow,
 )
+from tunewright_trainer.transfer import Advance, ignore
 
 _IDS = pa.list_(pa.int32())
 PAIR_SCHEMA = pa.schema([("prompt_ids", _IDS), ("chosen_ids", _IDS), ("rejected_ids", _IDS)])
@@ -122,7 +123,9 @@ def answer_start(row: TokenRow) -> int:
     return start
 
 
-def write_pairs(rows: PreferenceTokenizer, path: Path, label: str, scratch: Path) -> TokenFile:
+def write_pairs(
+    rows: PreferenceTokenizer, path: Path, label: str, scratch: Path, advance: Advance = ignore
+) -> TokenFile:
     """Tokenise a file of pairs for DPO.
 
     Raises:
@@ -132,7 +135,7 @@ def write_pairs(rows: PreferenceTokenizer, path: Path, label: str, scratch: Path
 
     def kept() -> Iterator[dict[str, Any] | None]:
         nonlocal cut
-        for _, answered in rows.tokenize(read_rows(path), ("chosen", "rejected"), label):
+        for _, answered in rows.tokenize(read_rows(path, advance), ("chosen", "rejected"), label):
             chosen, rejected = answered.answers
             cut += answered.cut
             # Equal beginnings teach nothing: the difference was cut away.
@@ -144,7 +147,9 @@ def write_pairs(rows: PreferenceTokenizer, path: Path, label: str, scratch: Path
     return _checked(TokenFile(scratch / f"{label}.arrow", written, dropped, cut), label, rows.max_length)
 
 
-def write_singles(rows: PreferenceTokenizer, path: Path, label: str, scratch: Path, batch_size: int) -> TokenFile:
+def write_singles(
+    rows: PreferenceTokenizer, path: Path, label: str, scratch: Path, batch_size: int, advance: Advance = ignore
+) -> TokenFile:
     """Tokenise a file of judged answers for KTO.
 
     KTO estimates how far the model has moved from answers to other prompts: within each batch every prompt is given
@@ -157,7 +162,7 @@ def write_singles(rows: PreferenceTokenizer, path: Path, label: str, scratch: Pa
 
     def kept() -> Iterator[dict[str, Any] | None]:
         nonlocal cut
-        for row, answered in rows.tokenize(singles(read_rows(path)), ("completion",), label):
+        for row, answered in rows.tokenize(singles(read_rows(path, advance)), ("completion",), label):
             cut += answered.cut
             (answer,) = answered.answers
             yield (
@@ -195,7 +200,9 @@ def singles(rows: Iterable[Row]) -> Iterator[Row]:
             yield {"prompt": row["prompt"], "completion": row["rejected"], "label": False}
 
 
-def write_scored(rows: PreferenceTokenizer, path: Path, label: str, scratch: Path) -> TokenFile:
+def write_scored(
+    rows: PreferenceTokenizer, path: Path, label: str, scratch: Path, advance: Advance = ignore
+) -> TokenFile:
     """Tokenise a file of pairs for a reward model; pairs with an answer that is too long are left out.
 
     The score of an answer without its end would say something else.
@@ -206,7 +213,7 @@ def write_scored(rows: PreferenceTokenizer, path: Path, label: str, scratch: Pat
     limit = rows.max_length
 
     def kept() -> Iterator[dict[str, Any] | None]:
-        for chosen, rejected in rows.whole(read_rows(path), ("chosen", "rejected"), label):
+        for chosen, rejected in rows.whole(read_rows(path, advance), ("chosen", "rejected"), label):
             fits = len(chosen) <= limit and len(rejected) <= limit
             yield {"chosen_ids": chosen, "rejected_ids": rejected} if fits else None
 

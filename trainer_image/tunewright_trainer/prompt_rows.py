@@ -13,13 +13,19 @@ from transformers import PreTrainedTokenizerBase
 
 from tunewright_trainer.errors import InvalidData, InvalidModel
 from tunewright_trainer.rows import BATCH_ROWS, Row, TokenFile, batched, read_rows, write_arrow
+from tunewright_trainer.transfer import Advance, ignore
 
 PROMPT_SCHEMA = pa.schema([("prompt", pa.list_(pa.int32())), ("row", pa.string())])
 """`row` is the whole row as JSON, for the rewards."""
 
 
 def write_prompts(
-    tokenizer: PreTrainedTokenizerBase, path: Path, label: str, scratch: Path, max_prompt_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    label: str,
+    scratch: Path,
+    max_prompt_length: int,
+    advance: Advance = ignore,
 ) -> TokenFile:
     """Tokenise a file of prompts to disk; longer ones lose their beginning, because the end is what is asked.
 
@@ -29,6 +35,7 @@ def write_prompts(
         label: What the rows are, for messages: "training" or "validation".
         scratch: Where the result goes.
         max_prompt_length: Tokens kept.
+        advance: Told the bytes of each row.
 
     Raises:
         InvalidData: The chat template refuses a row.
@@ -39,7 +46,7 @@ def write_prompts(
     def kept() -> Iterator[dict[str, Any] | None]:
         nonlocal cut
         first = 1
-        for batch in batched(read_rows(path), BATCH_ROWS):
+        for batch in batched(read_rows(path, advance), BATCH_ROWS):
             texts = [_rendered(tokenizer, row, f"{label} row {number}") for number, row in enumerate(batch, first)]
             # A template writes special tokens itself.
             encoded = tokenizer(texts, add_special_tokens=tokenizer.chat_template is None, verbose=False)

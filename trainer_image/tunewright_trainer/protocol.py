@@ -82,11 +82,12 @@ class WorkerTask(_Message):
 
 
 class StageEvent(_Message):
-    """The worker entered a stage."""
+    """The worker entered a stage, or is further on in one."""
 
     event: Literal["stage"] = "stage"
     stage: Literal["Loading", "Training", "Evaluating", "Verifying"]
     message: str | None = None
+    percent: float | None = Field(default=None, description="Share of what the message names.")
 
 
 class PlanEvent(_Message):

@@ -11,7 +11,7 @@ from trl import RewardTrainer
 from tunewright_trainer import recipe, verify
 from tunewright_trainer.adapter import adapter_config
 from tunewright_trainer.arguments import reward_config
-from tunewright_trainer.callback import ProgressCallback, Report
+from tunewright_trainer.callback import ProgressCallback, Report, TokenisingReport
 from tunewright_trainer.preference_rows import PreferenceTokenizer, write_scored
 from tunewright_trainer.protocol import WorkerTask
 from tunewright_trainer.recipe import Setup, Trained
@@ -31,12 +31,19 @@ def train_and_save(setup: Setup, report: Report) -> Trained | None:
     """Tokenise the pairs and learn from them; see `recipe.learn`."""
     run = setup.task.run
     rows = PreferenceTokenizer(setup.tokenizer, run.hyperparameters.max_sequence_length, max_prompt_length=None)
-    train_rows, validation = recipe.token_files(
-        setup, lambda path, label: write_scored(rows, path, label, setup.scratch)
-    )
+    train_rows, validation = recipe.token_files(setup, lambda path, label: tokenize(setup, rows, path, label, report))
     trainer = build_trainer(setup, recipe.load_base(setup, OUTPUTS), train_rows, validation, report)
     probes = trainer.train_dataset[: verify.PROBE_ROWS]["chosen_ids"]
     return recipe.learn(setup, trainer, train_rows, report, probes=probes, outputs=OUTPUTS)
+
+
+def tokenize(setup: Setup, rows: PreferenceTokenizer, path: Path, label: str, report: Report) -> TokenFile:
+    """Tokenise a file of pairs to disk.
+
+    Raises:
+        InvalidData: No pair is left within the length limit.
+    """
+    return write_scored(rows, path, label, setup.scratch, TokenisingReport(report, path, label))
 
 
 def build_trainer(

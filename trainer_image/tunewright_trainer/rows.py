@@ -25,6 +25,7 @@ from trl.chat_template_utils import get_training_chat_template
 
 from tunewright_trainer.errors import InvalidConfiguration, InvalidData, InvalidModel
 from tunewright_trainer.protocol import RowFormat
+from tunewright_trainer.transfer import Advance, ignore
 
 IGNORED = -100
 """Label of a token that is read but not learned (PyTorch's ignore_index)."""
@@ -250,12 +251,14 @@ def render_chat(
         )
         return cast("str", text)  # what tokenize=False gives
 
+    # Most chats end with an answer: the chat up to there is the whole, and need not be rendered again.
+    whole = render(messages)
     answers = [
-        (render(messages[:index], ask=True), render(messages[: index + 1]))
+        (render(messages[:index], ask=True), whole if index + 1 == len(messages) else render(messages[: index + 1]))
         for index, message in enumerate(messages)
         if message["role"] == "assistant" and index > 0
     ]
-    return RenderedChat(render(messages), tuple(answers))
+    return RenderedChat(whole, tuple(answers))
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
@@ -295,10 +298,11 @@ def write_arrow(rows: Iterable[dict[str, Any] | None], schema: pa.Schema, path: 
     return written, dropped
 
 
-def read_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows of a jsonl file."""
-    with path.open(encoding="utf-8") as file:
+def read_rows(path: Path, advance: Advance = ignore) -> Iterator[Row]:
+    """Yield the rows of a jsonl file; `advance` is told the bytes of each."""
+    with path.open("rb") as file:
         for line in file:
+            advance(len(line))
             yield json.loads(line)
 
 

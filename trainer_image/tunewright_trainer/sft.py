@@ -12,8 +12,9 @@ from trl import SFTTrainer, pack_dataset
 from tunewright_trainer import recipe, samples, verify
 from tunewright_trainer.adapter import adapter_config
 from tunewright_trainer.arguments import sft_config
-from tunewright_trainer.callback import ProgressCallback, Report
+from tunewright_trainer.callback import ProgressCallback, Report, TokenisingReport
 from tunewright_trainer.errors import InvalidData
+from tunewright_trainer.packing import PackedSFTTrainer
 from tunewright_trainer.protocol import WorkerTask
 from tunewright_trainer.recipe import Setup, Trained
 from tunewright_trainer.rows import RowTokenizer, TokenFile, read_rows, row_tokenizer, write_token_file
@@ -36,7 +37,9 @@ def train_and_save(setup: Setup, report: Report) -> Trained | None:
         run.hyperparameters.max_sequence_length,
         learns_all=settings.loss == "AllTokens",
     )
-    train_rows, validation = recipe.token_files(setup, lambda path, label: tokenize(rows, path, label, setup.scratch))
+    train_rows, validation = recipe.token_files(
+        setup, lambda path, label: tokenize(rows, path, label, setup.scratch, report)
+    )
     trainer = build_trainer(setup, recipe.load_start(setup), train_rows, validation, report)
     return recipe.learn(
         setup,
@@ -48,13 +51,14 @@ def train_and_save(setup: Setup, report: Report) -> Trained | None:
     )
 
 
-def tokenize(rows: RowTokenizer, path: Path, label: str, scratch: Path) -> TokenFile:
+def tokenize(rows: RowTokenizer, path: Path, label: str, scratch: Path, report: Report) -> TokenFile:
     """Tokenise a file of rows to disk.
 
     Raises:
         InvalidData: No row has anything to learn from.
     """
-    tokens = write_token_file(rows.tokenize(read_rows(path), label), scratch / f"{label}.arrow")
+    read = read_rows(path, TokenisingReport(report, path, label))
+    tokens = write_token_file(rows.tokenize(read, label), scratch / f"{label}.arrow")
     if tokens.rows == 0:
         raise InvalidData(
             f"none of the {tokens.dropped} {label} rows has a token to learn: {tokens.cut} were cut at "
@@ -74,12 +78,13 @@ def build_trainer(
     """Return the trainer, with an adapter on the model where the method says so."""
     run = setup.task.run
     dataset = Dataset.from_file(str(train_rows.path))
-    if run.hyperparameters.packing:
-        length = run.hyperparameters.max_sequence_length
+    packed, length = run.hyperparameters.packing, run.hyperparameters.max_sequence_length
+    in_rows = packed and not model._is_stateful  # see packing.py
+    if packed:
         dataset = setup.world.once_per_pod(lambda: pack_dataset(dataset, length, "bfd"))
-    return SFTTrainer(
+    return (PackedSFTTrainer if in_rows else SFTTrainer)(
         model=model,
-        args=sft_config(run, recipe.arguments(setup, evaluates=validation is not None)),
+        args=sft_config(run, recipe.arguments(setup, evaluates=validation is not None), packing=packed and not in_rows),
         train_dataset=dataset,
         eval_dataset=Dataset.from_file(str(validation.path)) if validation else None,
         processing_class=setup.tokenizer,

@@ -225,17 +225,18 @@ class _Attempt:
     def _fetch(self, found: Inputs) -> PreparedData:
         """Fetch and check everything, and hand it to the worker."""
         self.tracker.enter("Fetching", f"{found.size_bytes / 1e6:.1f} MB of model and data", found.size_bytes)
-        work, advance = self.settings.work, self.tracker.advance
+        work, advance = self.settings.work, partial(self.tracker.advance, "Fetching")
+        checked = partial(self.tracker.advance, "Checking")
         data: PreparedData
         # Data first: a bad row is told while a large model still downloads.
         data, model_path, rewards, adapter_path = self._together(
-            partial(inputs.fetch_data, self.run, found, self.storage, work / "data", self.stop, advance),
+            partial(inputs.fetch_data, self.run, found, self.storage, work / "data", self.stop, advance, checked),
             partial(inputs.fetch_model, self.run, found.model, self.storage, work / "model", self.stop, advance),
             partial(
                 reward_inputs.fetch_reward_models, self.run, found, self.storage, work / "rewards", self.stop, advance
             ),
             partial(start_adapter.fetch, found.adapter, self.storage, work / "adapter", advance),
-            before_last=lambda: self.tracker.enter("Checking", "checking the rows"),
+            before_last=lambda: self.tracker.enter("Checking", "checking the rows", found.data_bytes),
         )
         self.tracker.checked(data, found.adapter.manifest_uri if found.adapter is not None else None)
         self.log.say(
@@ -310,8 +311,9 @@ class _Attempt:
         to_publish = Result(
             self.run_key, self.settings.writer, result.kind, result.root, files, documents.metrics(finished)
         )
+        advance = partial(self.tracker.advance, "Publishing")
         ((published, others),) = self._together(
-            partial(publish.publish, self.storage, self.run.output_uri, to_publish, self.tracker.advance, self.log.say)
+            partial(publish.publish, self.storage, self.run.output_uri, to_publish, advance, self.log.say)
         )
         if others:
             return self._cached(published)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 from math import isfinite
@@ -58,7 +59,7 @@ class Tracker:
         self._monotonic = monotonic
         self._on_change = on_change
         self._progress = Progress(stage="Starting", updated_at=now())
-        self._bytes_done = 0
+        self._bytes_done: Counter[Stage] = Counter()
         self._bytes_total = 0
         self._first_step: tuple[int, float] | None = None
         self._base_loss: float | None = None
@@ -90,17 +91,22 @@ class Tracker:
             tuned_metrics=self._tuned_metrics,
         )
 
-    def enter(self, stage: Stage, message: str | None = None, total_bytes: int = 0) -> None:
-        """Begin a stage; with `total_bytes` its percentage follows `advance`."""
+    def enter(
+        self, stage: Stage, message: str | None = None, total_bytes: int = 0, percent: float | None = None
+    ) -> None:
+        """Begin a stage, or say how far it is; with `total_bytes` its percentage follows `advance`."""
         with self._lock:
-            self._bytes_done, self._bytes_total = 0, total_bytes
-        self._set(stage=stage, message=message, percent=100.0 if stage == "Finished" else 0.0, eta_seconds=None)
+            self._bytes_total = total_bytes
+        share = percent if percent is not None else 100.0 if stage == "Finished" else 0.0
+        self._set(stage=stage, message=message, percent=share, eta_seconds=None)
 
-    def advance(self, size: int) -> None:
-        """Take note of bytes that went through in the current stage."""
+    def advance(self, stage: Stage, size: int) -> None:
+        """Take note of bytes that went through for a stage; what comes before the stage is shown once it has begun."""
         with self._lock:
-            self._bytes_done += size
-            share = 100 * self._bytes_done / self._bytes_total if self._bytes_total else 0.0
+            self._bytes_done[stage] += size
+            if stage != self._progress.stage:
+                return
+            share = 100 * self._bytes_done[stage] / self._bytes_total if self._bytes_total else 0.0
             percent = round(min(100.0, max(0.0, share)), 1)
             if percent == self._progress.percent:
                 return
@@ -119,7 +125,7 @@ class Tracker:
         """Take note of an event of the worker."""
         match event:
             case StageEvent():
-                self.enter(event.stage, event.message)
+                self.enter(event.stage, event.message, percent=event.percent)
             case PlanEvent():
                 self._handle_plan(event)
             case StepEvent():

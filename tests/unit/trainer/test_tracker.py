@@ -91,9 +91,29 @@ def test_bytes_become_percent() -> None:
     tracker = Tracker(Clock(), lambda progress: seen.append(progress.percent))
     tracker.enter("Fetching", "x" * 5000, total_bytes=200)
     for size in (50, 100, -100, 150, 50):
-        tracker.advance(size)
+        tracker.advance("Fetching", size)
     assert seen == [0.0, 25.0, 75.0, 25.0, 100.0]
     assert len(tracker.progress.message or "") == 1024
+
+
+def test_bytes_of_a_later_stage_wait_for_it() -> None:
+    """Rows are checked while a model is still fetched: fetching shows nothing of it, and checking all of it."""
+    tracker = Tracker(Clock())
+    tracker.enter("Fetching", total_bytes=200)
+    tracker.advance("Checking", 50)
+    assert tracker.progress.percent == 0.0
+    tracker.enter("Checking", total_bytes=100)
+    tracker.advance("Checking", 10)
+    assert tracker.progress.percent == 60.0
+
+
+def test_a_stage_of_the_worker_may_have_a_percentage() -> None:
+    """What the worker says of a long stage is shown, and a stage without a percentage starts at 0."""
+    tracker = Tracker(Clock())
+    tracker.handle(StageEvent(stage="Loading", message="500 training rows tokenised", percent=37.5))
+    assert describe(tracker.progress) == "Loading  38 %  500 training rows tokenised"
+    tracker.handle(StageEvent(stage="Training"))
+    assert (tracker.progress.percent, tracker.progress.message) == (0.0, None)
 
 
 def test_a_heartbeat_now_and_then() -> None:
