@@ -168,6 +168,11 @@ Quantity = Annotated[
 Duration = _matches(
     r"^[1-9][0-9]{0,6}(s|m|h|d)$", "a duration: use a whole number with s, m, h or d, such as 90s or 12h", 8
 )
+PythonFunction = _matches(
+    r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*:[A-Za-z_][A-Za-z0-9_]*$",
+    "the name of a function: use package.module:function",
+    256,
+)
 ObjectName = _matches(
     r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", "an object name: lower-case letters, digits, '-' and '.'", 253
 )

@@ -199,6 +199,7 @@ def run_key(
     model_version: str,
     data_versions: Mapping[str, str],
     artifact_digests: Mapping[str, str] = MappingProxyType({}),
+    function_digests: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """Name a run by what determines its result.
 
@@ -207,6 +208,7 @@ def run_key(
         model_version: Commit of a hub model, or a digest over the ETags of a folder's files.
         data_versions: ETag and size of every data file, by URI.
         artifact_digests: Digest of every result of another run that goes in, by the URI that the document has for it.
+        function_digests: Digest of the code of every reward function, by its name.
 
     Returns:
         The first 16 hex digits of a SHA-256.
@@ -219,5 +221,6 @@ def run_key(
         | {field: document[field] for field in _SCALING_FIELDS if document[field] > 1},
         "model": model_version,
         "data": dict(data_versions),
+        **({"functions": dict(function_digests)} if function_digests else {}),
     }
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:16]

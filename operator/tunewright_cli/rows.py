@@ -46,9 +46,17 @@ def check_rows(run: TrainRun, settings: StorageSettings) -> Rows:
             from tunewright_trainer.dataset import prepare
             from tunewright_trainer.transfer import Stop, ignore
 
-            seed, objective = run.hyperparameters.seed, run.objective
-            checked = Path(folder) / "checked"
-            data = prepare(run.dataset, paths, checked, seed, Stop(), ignore, objective.type, objective.reward_columns)
+            data = prepare(
+                run.dataset,
+                paths,
+                Path(folder) / "checked",
+                run.hyperparameters.seed,
+                Stop(),
+                ignore,
+                run.objective.type,
+                run.objective.reward_columns,
+                run.objective.labels,
+            )
     return Rows(data.train_rows, data.validation_rows or None, data.format.name)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.rule_cases.case import Case, continued, dataset, dpo, grpo
+from tests.rule_cases.case import Case, continued, dataset, dpo, grpo, ppo
 
 TARGETS = "lora.targets and lora.targetModules exclude each other"
 QUANT_BITS = "quantization.type and quantization.doubleQuant are only for bits: 4"
@@ -29,7 +29,6 @@ PREFIX_CHECKPOINTING = "hyperparameters.gradientCheckpointing does not work with
 ONE_REFERENCE = "a reference names a result by exactly one of fineTuneJob and uri"
 CONTINUED_METHOD = "model.continueFrom goes on from an adapter of the methods"
 CONTINUED_SETTINGS = "model.continueFrom keeps the settings of the adapter"
-CONTINUED_OBJECTIVE = "model.continueFrom is only for objectives that learn tokens"
 
 METHOD_RULES = (
     *(
@@ -179,9 +178,12 @@ CONTINUE_RULES = (
         Case(f"going on with settings of {kind}", False, continued({"type": kind, name: {}}), CONTINUED_SETTINGS)
         for kind, name in (("LoRA", "lora"), ("IA3", "ia3"))
     ),
-    *(Case(f"going on with {kind}", True, continued(objective=kind), CONTINUED_OBJECTIVE) for kind in ("DPO", "KTO")),
     *(
-        Case(f"going on with {kind}", False, continued(objective=kind), CONTINUED_OBJECTIVE)
-        for kind in ("Reward", "Classification")
+        Case(f"going on with {kind}", True, continued(objective=kind), CONTINUED_SETTINGS)
+        for kind in ("DPO", "KTO", "Reward", "Classification")
+    ),
+    *(
+        Case(f"going on with {kind}", True, {**continued(), **rewarded}, CONTINUED_SETTINGS)
+        for kind, rewarded in (("GRPO", grpo()), ("PPO", ppo()))
     ),
 )

@@ -26,6 +26,7 @@ REWARD_BLOCKS = {
     "model": ("Model", {"uri": "s3://models/judge"}),
     "regex": ("Regex", {"pattern": "<answer>"}),
     "length": ("Length", {"maxTokens": 50}),
+    "function": ("Function", {"module": "team.rewards:score", "timeoutSeconds": 300}),
 }
 
 GRPO_RULES = (

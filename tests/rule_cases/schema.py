@@ -64,7 +64,33 @@ URIS = (
 )
 """Addresses, by the patterns of `tunewright_api.base`."""
 
+FUNCTION = "objective.ppo.rewards[0].function.module"
+
 SCHEMA = (
+    *(
+        Case(f"function {name}", True, grpo({"type": "Function", "function": {"module": name}}))
+        for name in ("rewards:score", "_a.b2.C:__call", "a" * 127 + ":" + "b" * 128)
+    ),
+    *(
+        Case(f"function {name}", False, ppo(rewards=[{"type": "Function", "function": {"module": name}}]), FUNCTION)
+        for name in (
+            "rewards.score",
+            ":f",
+            "a:",
+            "a..b:f",
+            "a:f.g",
+            "a-b:f",
+            "1a:f",
+            "os;x:f",
+            "a" * 128 + ":" + "b" * 128,
+        )
+    ),
+    Case(
+        "function without time",
+        False,
+        ppo(rewards=[{"type": "Function", "function": {"module": "a:f", "timeoutSeconds": 0}}]),
+        "objective.ppo.rewards[0].function.timeoutSeconds",
+    ),
     Case("PPO lambda above 1", False, ppo(**{"lambda": 1.1}), "objective.ppo.lambda"),
     Case("no rewards", False, {"objective": {"type": "GRPO", "grpo": {"rewards": []}}}, "objective.grpo.rewards"),
     Case("nine rewards", False, grpo(*[{"type": "JSON"}] * 9), "objective.grpo.rewards"),

@@ -40,7 +40,9 @@ def steps(count: int) -> None:
     say(event="plan", totalSteps=10, dtype="float32", trainableParameters=8, totalParameters=100, trainRows=3)
     say(event="evaluation", step=0, loss=2.5)
     for step in range(1, count + 1):
-        say(event="step", step=step, epoch=step / 10, loss=2.0 - step / 10, learningRate=0.1, tokensPerSecond=99.5)
+        numbers = {"loss": 2.0 - step / 10, "learningRate": 0.1, "tokensPerSecond": 99.5}
+        further = {"metrics": {"reward": step / 10}, "details": {"reward_min": 0.0}}
+        say(event="step", step=step, epoch=step / 10, **numbers, **further)
 
 
 def stop_early(output: Path) -> None:

@@ -90,6 +90,7 @@ def test_the_numbers_are_kept(inputs: Bucket, tmp_path: Path) -> None:
     assert [line["step"] for line in lines] == [0, *range(1, 11), 10]
     assert (lines[0]["evalLoss"], lines[-1]["evalLoss"]) == (2.5, 1.25)
     assert lines[3]["loss"] == pytest.approx(1.7)
+    assert lines[3]["metrics"] == {"reward": 0.3, "reward_min": 0.0}
 
 
 def test_the_same_run_is_not_trained_again(inputs: Bucket, tmp_path: Path) -> None:

@@ -230,7 +230,7 @@ def test_prompts_token_by_token(tiny: Path, tmp_path: Path) -> None:
     texts = [str(tokenizer.decode(row["prompt"])) for row in rows]
     assert texts[0] == rendered
     assert texts[1].endswith("<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n")
-    assert json.loads(rows[0]["row"]) == {"prompt": turns, "columns": "{}"}
+    assert json.loads(rows[0]["row"]) == {"prompt": turns, "columns": "{}", "place": "training row 1"}
     assert (file.rows, file.dropped, file.cut) == (2, 0, 0)
     short = write_prompts(tokenizer, written(tmp_path, turns), "validation", tmp_path, 5)
     assert rendered.endswith(str(tokenizer.decode(Dataset.from_file(str(short.path))[0]["prompt"])))

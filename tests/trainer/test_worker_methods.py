@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.trainer.conftest import EXCHANGES, MakeTask, Train
-from tunewright_trainer.errors import InvalidConfiguration
+from tunewright_trainer.errors import InvalidConfiguration, InvalidModel
 from tunewright_trainer.protocol import EvaluationEvent, PlanEvent, StepEvent
 
 pytestmark = pytest.mark.timeout(300)
@@ -84,6 +85,11 @@ def test_tied_embeddings_stay_tied(make_task: MakeTask, train: Train) -> None:
 
 
 BAD = {
+    "unknown target": (
+        {"type": "LoRA", "lora": {"targetModules": ["q_proj", "v_porj"]}},
+        r"lora\.targetModules names v_porj, .*did you mean v_proj\?\): the model has down_proj, gate_proj, k_proj, "
+        r"o_proj, q_proj, up_proj, v_proj;",
+    ),
     "rank": ({"type": "LoRA", "lora": {"rank": 256}}, r"lora\.rank is 256, but .* has only 64 .* at most 64"),
     "saved module": (
         {"type": "LoRA", "lora": {"modulesToSave": ["lm_hed"]}},
@@ -96,9 +102,32 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_settings(case: str, make_task: MakeTask, train: Train) -> None:
-    """What does not fit the model is refused with what would."""
+@pytest.mark.parametrize(("case", "objective"), [*((case, "SFT") for case in BAD), ("rank", "Reward")])
+def test_bad_settings(case: str, objective: str, make_task: MakeTask, train: Train, without_weights: Path) -> None:
+    """What does not fit the model is refused with what would, before there is need for weights."""
     method, message = BAD[case]
     with pytest.raises(InvalidConfiguration, match=message):
-        train(make_task(method=method))
+        train(make_task(method=method, objective={"type": objective}, model_path=without_weights))
+
+
+def test_a_tokenizer_of_another_model(make_task: MakeTask, train: Train, without_weights: Path) -> None:
+    """More tokens than embeddings are told before there is need for weights."""
+    config = json.loads((without_weights / "config.json").read_text())
+    (without_weights / "config.json").write_text(json.dumps({**config, "vocab_size": 100}))
+    with pytest.raises(InvalidModel, match=r"the tokenizer has 49152 tokens, the model only 100 embeddings: the files"):
+        train(make_task(model_path=without_weights))
+
+
+def test_an_architecture_that_is_not_known(make_task: MakeTask, train: Train, without_weights: Path) -> None:
+    """The message names the model; nothing was loaded."""
+    (without_weights / "config.json").write_text('{"model_type": "perceptron"}')
+    with pytest.raises(InvalidModel, match=r"hf://tests/tiny cannot be loaded: .*perceptron"):
+        train(make_task(model_path=without_weights))
+
+
+@pytest.fixture
+def without_weights(tiny: Path, tmp_path: Path) -> Path:
+    """The tiny model without its weights: whoever would load them fails in another way."""
+    folder = tmp_path / "without-weights"
+    shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    return folder

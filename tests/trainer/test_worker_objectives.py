@@ -14,12 +14,17 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
     PreTrainedTokenizerBase,
+    set_seed,
 )
 
 from tests.trainer.conftest import MakeTask, Train
 from tests.trainer.plain_trl import losses_of_plain_trl
-from tunewright_trainer.errors import InvalidData
+from tests.trainer.small_tokenizers import bert_style
+from tunewright_trainer.errors import InvalidData, InvalidModel
 from tunewright_trainer.preference_rows import PreferenceTokenizer, write_pairs, write_scored, write_singles
 from tunewright_trainer.protocol import EvaluationEvent, ResultEvent, StepEvent
 
@@ -255,3 +260,41 @@ def test_a_single_label(make_task: MakeTask, train: Train) -> None:
     task = make_task(rows=LABELLED[::2], row_format="Labelled", objective={"type": "Classification"})
     with pytest.raises(InvalidData, match=r"have 1 different labels .* the right column"):
         train(task)
+
+
+def bert(folder: Path, kind: type[BertModel] | type[BertForSequenceClassification]) -> Path:
+    """Write a random BERT, without end of sequence or chat template."""
+    words = bert_style()
+    words.save_pretrained(folder)
+    set_seed(0)
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        pad_token_id=words.pad_token_id, max_position_embeddings=64,
+    )  # fmt: skip
+    kind(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("method", "rate"),
+    [({"type": "Full"}, 0.01), ({"type": "LoRA", "lora": {"targets": "QueryValue"}}, 0.03)],
+    ids=["Full", "LoRA"],
+)
+@pytest.mark.parametrize("objective", ["Classification", "Reward"])
+def test_models_that_only_read(
+    objective: str, method: dict[str, Any], rate: float, make_task: MakeTask, train: Train, tmp_path: Path
+) -> None:
+    """A model of BERT's kind learns labels and scores, and its files load to the trained logits."""
+    base = bert(tmp_path / "bert", BertModel)
+    given = {"maxSteps": 40, "learningRate": rate, "maxSequenceLength": 48}
+    events = train(task_of(make_task, objective, method, model_path=base, hyperparameters=given))
+    losses = [event.loss or 0.0 for event in events.of(StepEvent)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert events.of(ResultEvent)[0].reload_max_difference < 1e-4
+
+
+def test_a_base_with_another_head(make_task: MakeTask, train: Train, tmp_path: Path) -> None:
+    """A classifier of two labels is no base for a score; the message says what is."""
+    base = bert(tmp_path / "bert", BertForSequenceClassification)
+    with pytest.raises(InvalidModel, match=r"such as a head with another number of outputs than 1: set model\.uri to"):
+        train(task_of(make_task, "Reward", {"type": "LoRA"}, model_path=base))

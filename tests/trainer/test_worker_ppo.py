@@ -51,7 +51,10 @@ LOSS_TOLERANCE = 2e-3
 COUNT = 12
 ROWS = Dataset.from_list(
     [
-        {"prompt": list(range(2, 4 + n % 4)), "row": json.dumps({"prompt": f"number {n}", "columns": "{}"})}
+        {
+            "prompt": list(range(2, 4 + n % 4)),
+            "row": json.dumps({"prompt": f"number {n}", "columns": "{}", "place": f"training row {n + 1}"}),
+        }
         for n in range(COUNT)
     ]
 )

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from tests.trainer.conftest import EXCHANGES, Events, MakeTask, Train
 from tests.trainer.plain_trl import losses_of_plain_trl
-from tunewright_trainer.errors import Diverged, InvalidConfiguration, InvalidData, InvalidModel, VerificationFailed
+from tunewright_trainer.errors import Diverged, InvalidData, InvalidModel, VerificationFailed
 from tunewright_trainer.protocol import EvaluationEvent, PlanEvent, ResultEvent, StageEvent, StepEvent
 
 pytestmark = pytest.mark.timeout(300)
@@ -199,14 +199,6 @@ def test_nothing_to_learn_is_refused(make_task: MakeTask, train: Train) -> None:
     expected = r"none of the 2 training rows has a token to learn: 2 were cut at 128.*maxSequenceLength"
     with pytest.raises(InvalidData, match=expected):
         train(make_task(rows=[long, long]))
-
-
-def test_unknown_target_module_is_refused(make_task: MakeTask, train: Train) -> None:
-    """A misspelt layer is named with the nearest one and all there are."""
-    method = {"type": "LoRA", "lora": {"targetModules": ["q_proj", "v_porj"]}}
-    expected = r"names v_porj, .*did you mean v_proj\?.*down_proj, gate_proj, k_proj"
-    with pytest.raises(InvalidConfiguration, match=expected):
-        train(make_task(method=method))
 
 
 def test_nan_loss_ends_the_run(make_task: MakeTask, train: Train, tiny: Path, tmp_path: Path) -> None:

@@ -59,8 +59,16 @@ def adapter_config(
     return None
 
 
-def with_loaded_adapter(model: PreTrainedModel, folder: Path, revision: str | None) -> PeftModel:
+def with_loaded_adapter(
+    model: PreTrainedModel, folder: Path, revision: str | None, *, is_empty: bool = False
+) -> PeftModel:
     """Return the model with a saved adapter that is trained further; it will name `model.name_or_path` as its base.
+
+    Args:
+        model: The base model.
+        folder: Files of the adapter.
+        revision: The base's, for the adapter's configuration.
+        is_empty: The base has no weights; the adapter is only compared with it.
 
     Raises:
         InvalidAdapter: The adapter is not one of this model.
@@ -69,7 +77,7 @@ def with_loaded_adapter(model: PreTrainedModel, folder: Path, revision: str | No
         with warnings.catch_warnings():
             # peft draws weights that the file lacks at random: then the file is another model's.
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            adapted = PeftModel.from_pretrained(model, folder, is_trainable=True)
+            adapted = PeftModel.from_pretrained(model, folder, is_trainable=True, low_cpu_mem_usage=is_empty)
     except (ValueError, RuntimeError, KeyError, UserWarning) as error:
         reason = " ".join(str(error).split())[:400]
         raise InvalidAdapter(

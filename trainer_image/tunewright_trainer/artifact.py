@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -13,6 +15,9 @@ from tunewright_trainer.errors import CorruptArtifact, MissingFile
 from tunewright_trainer.publish import load_manifest
 from tunewright_trainer.storage import Storage, join
 from tunewright_trainer.transfer import Advance, StoredFile, ignore
+
+RUN_DOCUMENT = "run.json"
+MAX_DOCUMENT_BYTES = 1024 * 1024
 
 
 def download_artifact(uri: str, target: Path, storage: Storage, advance: Advance = ignore) -> Manifest:
@@ -70,6 +75,29 @@ def find_manifest(uri: str, storage: Storage) -> tuple[Manifest, str]:
         f"{uri}: no published result: neither {LATEST_NAME} nor {MANIFEST_NAME} is there "
         "(the manifest is written last, so a run that did not end has none)"
     )
+
+
+def read_document(storage: Storage, folder: str, manifest: Manifest, name: str) -> dict[str, Any]:
+    """Read a small JSON file of a published run, checked against its manifest.
+
+    Raises:
+        CorruptArtifact: It is missing, differs from the manifest, or is no JSON object.
+    """
+    uri = join(folder, name)
+    expected = next((file.sha256 for file in manifest.files if file.path == name), None)
+    stored = storage.read(uri, MAX_DOCUMENT_BYTES)
+    if expected is None or stored is None:
+        raise CorruptArtifact(f"{uri}: missing" + ("" if expected is None else ", but the manifest names it"))
+    digest = hashlib.sha256(stored[0]).hexdigest()
+    if digest != expected:
+        raise CorruptArtifact(f"{uri}: SHA-256 is {digest}, the manifest says {expected}")
+    try:
+        document = json.loads(stored[0])
+    except ValueError:
+        document = None
+    if not isinstance(document, dict):
+        raise CorruptArtifact(f"{uri}: must be a JSON object")
+    return document
 
 
 def _latest(uri: str, storage: Storage) -> list[str]:

@@ -21,6 +21,7 @@ from tunewright_trainer.errors import InvalidData
 from tunewright_trainer.protocol import WorkerTask
 from tunewright_trainer.recipe import Setup, Trained
 from tunewright_trainer.rows import BATCH_ROWS, TokenFile, batched, read_rows, write_arrow
+from tunewright_trainer.special_tokens import Framer
 from tunewright_trainer.world import ALONE, World
 
 MAX_LABELS = 1000
@@ -37,10 +38,10 @@ def train_and_save(setup: Setup, report: Report) -> Trained | None:
     """Tokenise the texts and learn their labels; see `recipe.learn`."""
     task, run = setup.task, setup.task.run
     assert run.objective.classification is not None, "resolve_objective fills the block"
-    given = run.objective.classification.labels
+    given = task.adapter_outputs or run.objective.classification.labels
     labels = tuple(given or setup.world.once_per_pod(lambda: labels_of(task.train_path)))
     train_rows, validation = recipe.token_files(setup, lambda path, label: tokenize(setup, labels, path, label, report))
-    trainer = build_trainer(setup, recipe.load_base(setup, labels), train_rows, validation, report)
+    trainer = build_trainer(setup, recipe.load_start(setup, labels), train_rows, validation, report)
     probes = cast("Dataset", trainer.train_dataset)[: verify.PROBE_ROWS]["input_ids"]
     return recipe.learn(setup, trainer, train_rows, report, probes=probes, outputs=labels)
 
@@ -70,21 +71,22 @@ def tokenize(setup: Setup, labels: Sequence[str], path: Path, label: str, report
     limit = setup.task.run.hyperparameters.max_sequence_length
     numbers = {name: number for number, name in enumerate(labels)}
     advance = TokenisingReport(report, path, label)
+    framer = Framer(setup.tokenizer)
     cut = 0
 
     def rows() -> Iterator[dict[str, Any] | None]:
         nonlocal cut
         first = 1
         for batch in batched(read_rows(path, advance), BATCH_ROWS):
-            encoded = setup.tokenizer([row["text"] for row in batch], return_attention_mask=False, verbose=False)
-            for number, (row, ids) in enumerate(zip(batch, encoded["input_ids"], strict=True), first):
+            encoded = framer.encode([row["text"] for row in batch])
+            for number, (row, ids) in enumerate(zip(batch, encoded, strict=True), first):
                 if row["label"] not in numbers:
                     raise InvalidData(
                         f"{label} row {number}: label {row['label']!r} is not among {', '.join(labels[:20])}: correct "
                         "the row, or name all labels in objective.classification.labels"
                     )
                 cut += len(ids) > limit
-                yield {"input_ids": ids[:limit], "labels": numbers[row["label"]]} if ids else None
+                yield {"input_ids": framer.cut(ids, limit), "labels": numbers[row["label"]]} if ids else None
             first += len(batch)
 
     written, dropped = write_arrow(rows(), _SCHEMA, setup.scratch / f"{label}.arrow")
@@ -92,7 +94,11 @@ def tokenize(setup: Setup, labels: Sequence[str], path: Path, label: str, report
 
 
 def build_trainer(
-    setup: Setup, model: PreTrainedModel, train_rows: TokenFile, validation: TokenFile | None, report: Report
+    setup: Setup,
+    model: PreTrainedModel | PeftModel,
+    train_rows: TokenFile,
+    validation: TokenFile | None,
+    report: Report,
 ) -> Trainer:
     """Return the trainer, with an adapter on the model where the method says so; the head is trained in any case."""
     trainer = Trainer(
@@ -110,13 +116,14 @@ def build_trainer(
     return trainer
 
 
-def with_adapter(setup: Setup, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
-    """Put the adapter on the model where the method says so, as TRL does for the other recipes."""
+def with_adapter(setup: Setup, model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
+    """Put the adapter on the model where the method says so and none is there, as TRL does for the other recipes."""
     run = setup.task.run
-    config = adapter_config(model, run, str(setup.task.model_path), "SEQ_CLS")
-    if config is None:
+    if not setup.trains_adapter:
         return model
-    adapted = get_peft_model(model, config)
+    adapted = model
+    if not isinstance(model, PeftModel):
+        adapted = get_peft_model(model, adapter_config(model, run, str(setup.task.model_path), "SEQ_CLS"))
     if run.hyperparameters.gradient_checkpointing:
         adapted.enable_input_require_grads()
     recipe.match_head(setup, adapted)

@@ -14,7 +14,7 @@ from tunewright_api.v1alpha1.parts import Dataset, DataSource
 from tunewright_trainer.data_files import BadRow, Row, read_rows
 from tunewright_trainer.data_formats import ChosenFormat, choose_format, with_templates
 from tunewright_trainer.errors import InvalidData
-from tunewright_trainer.fields import BadField
+from tunewright_trainer.fields import BadField, listed
 from tunewright_trainer.prompt_format import check_columns
 from tunewright_trainer.transfer import Advance, Stop
 
@@ -63,6 +63,7 @@ def prepare(
     advance: Advance,
     objective: ObjectiveType = "SFT",
     reward_columns: Sequence[str] = (),
+    labels: Sequence[str] = (),
 ) -> PreparedData:
     """Check and normalise a data set.
 
@@ -75,6 +76,7 @@ def prepare(
         advance: Told the bytes read.
         objective: What is learned from the rows.
         reward_columns: Columns that rewards read besides the prompt.
+        labels: All labels that rows of format Labelled may have; none: whatever they have.
 
     Raises:
         BadRows: Rows are unusable.
@@ -83,7 +85,7 @@ def prepare(
         Preempted: A stop was requested.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    job = _Preparation(dataset, objective, reward_columns, paths, seed, stop, advance)
+    job = _Preparation(dataset, objective, reward_columns, labels, paths, seed, stop, advance)
     train_path, validation_path = folder / "train.jsonl", folder / "validation.jsonl"
     train_rows = job.write(dataset.train, train_path)
     validation_rows = job.write(dataset.validation, validation_path) if dataset.validation else 0
@@ -121,6 +123,7 @@ class _Preparation:
         dataset: Dataset,
         objective: ObjectiveType,
         reward_columns: Sequence[str],
+        labels: Sequence[str],
         paths: Mapping[str, Mapping[str, Path]],
         seed: int,
         stop: Stop,
@@ -131,6 +134,7 @@ class _Preparation:
         self._dataset = dataset
         self._objective = objective
         self._reward_columns = reward_columns
+        self._labels = frozenset(labels)
         self._paths = paths
         self._seed = seed
         self._stop = stop
@@ -171,12 +175,21 @@ class _Preparation:
                 self.format = with_templates(chosen, dataset, row.values, place)
             try:
                 check_columns(row.values, self._reward_columns)
-                return self.format.normalise(row.values)
+                return self._labelled_as_known(self.format.normalise(row.values))
             except BadField as error:
                 row = BadRow(row.place, error.message, error.field)
         field = f": {row.field}" if row.field else ""
         self.bad.append(f"{uri}: {row.place}{field}: {row.message}")
         return None
+
+    def _labelled_as_known(self, values: dict[str, Any]) -> dict[str, Any]:
+        assert self.format is not None, "set by the first row"
+        if self._labels and self.format.name == "Labelled" and values["label"] not in self._labels:
+            raise BadField(
+                self.format.names["label"],
+                f"is {values['label']!r}, which is not among the labels {listed(sorted(self._labels))}",
+            )
+        return values
 
 
 class _Copies:

@@ -71,9 +71,13 @@ def run_json(finished: Finished) -> str:
             **_adapter_input(inputs),
             "data": [_data_input(address, found) for address, found in inputs.data.items()],
             "rewardModels": [{"uri": uri, "digest": digest} for uri, digest in inputs.reward_versions.items()],
+            "rewardFunctions": [
+                {"module": module, "digest": digest} for module, digest in inputs.function_digests.items()
+            ],
         },
         "data": {"format": finished.data.format.name, "why": finished.data.format.why},
         "plan": finished.plan.document(),
+        **({"outputs": finished.result.outputs} if finished.result.outputs else {}),
         "metrics": metrics(finished),
         "versions": finished.result.versions,
         "startedAt": finished.started_at,

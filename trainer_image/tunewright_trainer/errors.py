@@ -6,6 +6,7 @@ TrainerError
 │   ├── InvalidModel            the base model's files
 │   ├── InvalidAdapter          the adapter to go on from
 │   ├── InvalidConfiguration    the run document, alone or against the hardware
+│   ├── RewardFunctionFailed    a reward function of the user's own
 │   ├── MissingBucket
 │   ├── MissingFile
 │   ├── MissingModel            a hub repository or a revision of it
@@ -69,6 +70,12 @@ class InvalidConfiguration(InvalidInput):
     """The run document cannot be carried out, alone or on this hardware."""
 
     reason = "InvalidConfiguration"
+
+
+class RewardFunctionFailed(InvalidInput):
+    """A reward function of the user's own raised, crashed, took too long or gave something else than scores."""
+
+    reason = "RewardFunctionFailed"
 
 
 class MissingBucket(InvalidInput):

@@ -14,6 +14,11 @@ from tunewright_trainer.protocol import EVENTS_FILE, EvaluationEvent, Event, Ste
 from tunewright_trainer.tracker import finite, now
 
 HEARTBEAT_SECONDS = 15.0
+MAX_LINE_METRICS = 64
+"""The recipes measure up to forty; each name takes at most `MAX_NAME_CHARACTERS`."""
+MAX_NAME_CHARACTERS = 128
+MAX_DETAILED_BYTES = 32 * 1024 * 1024
+"""Some twenty thousand steps of GRPO, which measures most."""
 
 
 class EventTail:
@@ -43,7 +48,7 @@ class EventTail:
 
 
 class MetricsFile:
-    """metrics.jsonl: one line per logged step and per evaluation."""
+    """metrics.jsonl: one line per logged step and per evaluation; from `MAX_DETAILED_BYTES` on without `metrics`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -52,16 +57,33 @@ class MetricsFile:
     def write(self, event: Event) -> None:
         """Append the numbers of an event, if it has any."""
         values = metrics_of(event)
-        if values is not None:
-            with self.path.open("a") as file:
-                file.write(json.dumps({**values, "time": now()}) + "\n")
+        if values is None:
+            return
+        with self.path.open("a") as file:
+            if file.tell() > MAX_DETAILED_BYTES:
+                values.pop("metrics", None)
+            file.write(json.dumps({**values, "time": now()}) + "\n")
 
 
 def metrics_of(event: Event) -> dict[str, Any] | None:
-    """Return the line of metrics.jsonl for an event; a number that is not finite is null, as JSON has no other word."""
+    """Return the line of metrics.jsonl for an event; a number that is not finite is null, as JSON has no other word.
+
+    What the recipe measures besides is in `metrics`: at most `MAX_LINE_METRICS` numbers.
+    """
+    if not isinstance(event, EvaluationEvent | StepEvent):
+        return None
+    line = _own_numbers(event)
+    further = {**(event.metrics or {}), **(event.details or {})}
+    if line is not None and further:
+        named = list(further.items())[:MAX_LINE_METRICS]
+        line["metrics"] = {name[:MAX_NAME_CHARACTERS]: finite(value) for name, value in named}
+    return line
+
+
+def _own_numbers(event: EvaluationEvent | StepEvent) -> dict[str, Any] | None:
     if isinstance(event, EvaluationEvent):
         return {"step": event.step, "evalLoss": finite(event.loss)}
-    if not isinstance(event, StepEvent) or event.loss is None:
+    if event.loss is None:
         return None
     given = {
         "step": event.step,

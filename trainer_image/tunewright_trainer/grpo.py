@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from pydantic import BaseModel
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
-from tunewright_trainer import recipe, samples, verify
+from tunewright_trainer import recipe, reward_function, samples, verify
 from tunewright_trainer.adapter import adapter_config
 from tunewright_trainer.arguments import grpo_config
 from tunewright_trainer.callback import ProgressCallback, Report, TokenisingReport
@@ -23,7 +24,7 @@ from tunewright_trainer.prompt_rows import write_prompts
 from tunewright_trainer.protocol import EvaluationEvent, StepEvent, WorkerTask
 from tunewright_trainer.recipe import Setup, Trained
 from tunewright_trainer.reward_models import load_reward_models
-from tunewright_trainer.rewards import Answer, Reward, build_rewards
+from tunewright_trainer.rewards import Answer, Reward, Score, build_rewards
 from tunewright_trainer.rows import TokenFile
 from tunewright_trainer.world import ALONE, World
 
@@ -33,7 +34,7 @@ SHOWN = frozenset(
         *("completions/mean_length", "completions/clipped_ratio"),
     }
 )
-"""What is reported of the thirty numbers that TRL logs, besides the mean of each reward."""
+"""What people look at of the thirty numbers that TRL logs, besides the mean of each reward."""
 
 
 class TokenisedGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL has no types
@@ -59,14 +60,21 @@ def train(task: WorkerTask, report: Report, scratch: Path, world: World = ALONE)
 
 def train_and_save(setup: Setup, report: Report) -> Trained | None:
     """Tokenise the prompts and learn from their answers; see `recipe.learn`."""
+    # First: a function that cannot be imported is told before anything large is loaded.
+    with reward_function.started(setup.task.run.objective.rewards) as functions:
+        return learn_from_rewards(setup, report, functions)
+
+
+def learn_from_rewards(setup: Setup, report: Report, functions: Sequence[Score]) -> Trained | None:
+    """Do all that `train_and_save` does, with the users' own functions at hand."""
     run = setup.task.run
     settings = run.objective.grpo
     assert settings is not None, "a rule asks for the block"
     limit = settings.max_prompt_length or run.hyperparameters.max_sequence_length - settings.max_completion_length
     train_rows, validation = recipe.token_files(setup, lambda path, label: tokenize(setup, path, label, limit, report))
     check_count(setup, train_rows.rows)
-    rewards = build_rewards(settings.rewards, load_reward_models(setup))
-    trainer = build_trainer(setup, recipe.load_base(setup), rewards, train_rows, validation, report)
+    rewards = build_rewards(settings.rewards, load_reward_models(setup), functions)
+    trainer = build_trainer(setup, recipe.load_start(setup), rewards, train_rows, validation, report)
     return recipe.learn(
         setup,
         trainer,
@@ -103,14 +111,14 @@ def check_count(setup: Setup, rows: int) -> None:
 
 def build_trainer(
     setup: Setup,
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     rewards: Sequence[Reward],
     train_rows: TokenFile,
     validation: TokenFile | None,
     report: Report,
 ) -> GRPOTrainer:
-    """Return the trainer. The reference, where there is one, is the model without its adapter; full fine-tuning
-    loads a second model."""
+    """Return the trainer. The reference, where there is one, is the model without its adapter, or the adapter as it
+    came, of which TRL keeps a copy; full fine-tuning loads a second model."""
     run = setup.task.run
     assert run.objective.grpo is not None, "a rule asks for the block"
     common = recipe.arguments(setup, evaluates=validation is not None)
@@ -133,7 +141,8 @@ def as_reward_function(reward: Reward) -> Callable[..., list[float]]:
         answers = []
         for text, ids, document in zip(completions, completion_ids, row, strict=True):
             values = json.loads(document)
-            answers.append(Answer(values["prompt"], text, len(ids), json.loads(values["columns"])))
+            columns = json.loads(values["columns"])
+            answers.append(Answer(values["prompt"], text, len(ids), columns, values["place"]))
         return reward.score(answers)
 
     function.__name__ = reward.name
@@ -141,7 +150,7 @@ def as_reward_function(reward: Reward) -> Callable[..., list[float]]:
 
 
 def shown(report: Report) -> Report:
-    """Pass events on with the metrics that people look at; the status has room for few."""
+    """Pass events on with the metrics that people look at apart from the others; the status has room for few."""
 
     def told(event: BaseModel) -> None:
         if isinstance(event, StepEvent | EvaluationEvent) and event.metrics is not None:
@@ -150,7 +159,8 @@ def shown(report: Report) -> Report:
                 for name, value in event.metrics.items()
                 if name in SHOWN or (name.startswith("rewards/") and name.endswith("/mean"))
             }
-            event = event.model_copy(update={"metrics": kept})
+            others = {name: value for name, value in event.metrics.items() if name not in kept}
+            event = event.model_copy(update={"metrics": kept, "details": others})
         report(event)
 
     return told

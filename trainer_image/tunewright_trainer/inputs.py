@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,6 +63,8 @@ class Inputs:
     """By the source's address."""
     reward_models: tuple[RewardModelInput, ...] = ()
     adapter: StartAdapter | None = None
+    function_digests: Mapping[str, str] = field(default_factory=dict)
+    """Digest of the code of every reward function, by its name."""
 
     @property
     def data_versions(self) -> dict[str, str]:
@@ -78,6 +80,11 @@ class Inputs:
     def data_bytes(self) -> int:
         """Size of the data files."""
         return sum(file.size_bytes for file in self.data.values())
+
+    @property
+    def adapter_outputs(self) -> list[str] | None:
+        """Names of the outputs of the head of the adapter to go on from."""
+        return list(self.adapter.outputs) if self.adapter is not None and self.adapter.outputs is not None else None
 
     @property
     def size_bytes(self) -> int:
@@ -100,6 +107,7 @@ class Inputs:
             model_version=self.model.version,
             data_versions=self.data_versions,
             artifact_digests={**self.reward_versions, **adapter},
+            function_digests=self.function_digests,
         )
 
 
@@ -196,8 +204,18 @@ def fetch_data(
             paths[address] = {uri: folder / "raw" / f"{index}-{file.name}"}
             downloads.append((uri, file, paths[address][uri]))
     storage.download(downloads, advance)
-    seed, objective = run.hyperparameters.seed, run.objective
-    return dataset.prepare(run.dataset, paths, folder, seed, stop, checked, objective.type, objective.reward_columns)
+    objective = run.objective
+    return dataset.prepare(
+        run.dataset,
+        paths,
+        folder,
+        run.hyperparameters.seed,
+        stop,
+        checked,
+        objective.type,
+        objective.reward_columns,
+        inputs.adapter_outputs or objective.labels,
+    )
 
 
 def _fetch_from_hub(run: TrainRun, found: SourceFiles, folder: Path, stop: Stop, advance: Advance) -> dict[str, Path]:

@@ -35,7 +35,7 @@ def load_tokenizer(path: Path, run: TrainRun) -> PreTrainedTokenizerBase:
     labels are made from the rows, padding is added to them later as ignored.
 
     Raises:
-        InvalidModel: The files are missing or damaged.
+        InvalidModel: The files are missing or damaged, or there is no token to pad with.
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -47,6 +47,11 @@ def load_tokenizer(path: Path, run: TrainRun) -> PreTrainedTokenizerBase:
         tokenizer.chat_template = run.model.chat_template
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise InvalidModel(
+            f"the tokenizer of {run.model.uri} has neither a padding nor an end-of-sequence token, so rows cannot be "
+            "put into batches: set pad_token in tokenizer_config.json to one of its tokens"
+        )
     return tokenizer
 
 
@@ -93,6 +98,14 @@ def load_model(
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise InvalidModel(f"the model {run.model.uri} cannot be loaded: {error}") from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise InvalidModel(
+            f"the model {run.model.uri} has weights of other shapes than the run needs"
+            + (f", such as a head with another number of outputs than {len(outputs)}" if outputs is not None else "")
+            + ": set model.uri to the model that it was made from"
+        ) from error
     for module in model.modules():
         if isinstance(module, Linear4bit):
             # On CPUs with avx512_bf16 the first evaluation would repack the weights for inference: rounded, and for

@@ -1,7 +1,8 @@
 """PPO: the model's own answers are scored, and it learns to give the better ones, held near the model that it was.
 
 Schulman et al. 2017, with the KL penalty per token of Stiennon et al. 2020 and Ouyang et al. 2022. One model is all of
-it: with its adapter the policy, without it the reference, and a linear layer on top of the policy gives the value.
+it: with its adapter the policy, without it (or with the adapter that it went on from) the reference, and a linear layer
+on top of the policy gives the value.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -19,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -28,15 +29,24 @@ from transformers.trainer_utils import IntervalStrategy
 from trl.trainer.utils import disable_dropout_in_model
 
 from tunewright_api.v1alpha1.ppo import PPO
-from tunewright_trainer import grpo, ppo_math, recipe, samples, verify
+from tunewright_trainer import grpo, ppo_math, recipe, reward_function, samples, verify
 from tunewright_trainer.adapter import adapter_config
 from tunewright_trainer.arguments import ppo_arguments
 from tunewright_trainer.callback import Report, check_loss
-from tunewright_trainer.ppo_rollout import ActorCritic, Prompt, Rollout, Sampler, read_prompts
+from tunewright_trainer.errors import InvalidAdapter
+from tunewright_trainer.ppo_rollout import (
+    ActorCritic,
+    Prompt,
+    Rollout,
+    Sampler,
+    add_reference,
+    read_prompts,
+    reference,
+)
 from tunewright_trainer.protocol import EvaluationEvent, StageEvent, StepEvent, WorkerTask
 from tunewright_trainer.recipe import Setup, Trained
 from tunewright_trainer.reward_models import load_reward_models
-from tunewright_trainer.rewards import Reward, build_rewards
+from tunewright_trainer.rewards import Reward, Score, build_rewards
 from tunewright_trainer.world import ALONE, World
 
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -54,6 +64,13 @@ def train(task: WorkerTask, report: Report, scratch: Path, world: World = ALONE)
 
 def train_and_save(setup: Setup, report: Report) -> Trained:
     """Train, evaluate before and after, write samples and result files, and record the probe."""
+    # First: a function that cannot be imported is told before anything large is loaded.
+    with reward_function.started(setup.task.run.objective.rewards) as functions:
+        return learn_from_rewards(setup, report, functions)
+
+
+def learn_from_rewards(setup: Setup, report: Report, functions: Sequence[Score]) -> Trained:
+    """Do all that `train_and_save` does, with the users' own functions at hand."""
     task, run = setup.task, setup.task.run
     settings = run.objective.ppo
     assert settings is not None, "a rule asks for the block"
@@ -63,24 +80,52 @@ def train_and_save(setup: Setup, report: Report) -> Trained:
     if task.validation_path is not None:
         written = grpo.tokenize(setup, task.validation_path, "validation", limit, report)
         validation = Dataset.from_file(str(written.path))
-    rewards = build_rewards(settings.rewards, load_reward_models(setup))
-    base = recipe.load_base(setup)
-    policy = get_peft_model(base, adapter_config(base, run, str(task.model_path)))
+    rewards = build_rewards(settings.rewards, load_reward_models(setup), functions)
+    policy = build_policy(setup)
     args = ppo_arguments(recipe.arguments(setup, evaluates=validation is not None))
     report(recipe.plan_of(setup, policy, count_rollouts(args, len(prompts)), train_rows))
-    learned = train_ppo(policy, setup.tokenizer, args, settings, prompts, validation, rewards, report)
+    critic = load_value_head(task.adapter_path, policy)
+    learned = train_ppo(policy, setup.tokenizer, args, settings, prompts, validation, rewards, report, critic)
 
     if run.quantization is not None:
         recipe.round_adapter(policy)
     shown = grpo.read_prompts(validation or prompts, run.objective.reward_columns)
     tuned_answers = samples.answers(policy, setup.tokenizer, shown)
-    with policy.disable_adapter():
+    with reference(policy):
         base_answers = samples.answers(policy, setup.tokenizer, shown)
     recipe.save(setup, policy)
     save_file(learned.model.value_head.state_dict(), setup.result_path / VALUE_HEAD_FILE)
     recipe.save_samples(setup, samples.as_documents(shown, base_answers, tuned_answers))
     ids_BT = verify.probe_ids(prompts[: verify.PROBE_ROWS]["prompt"])
     return Trained(verify.record_probe(policy, ids_BT), learned.rollouts, learned.loss, learned.seconds)
+
+
+def build_policy(setup: Setup) -> PeftModel:
+    """Return the model with a new adapter, or with the one that the run goes on from and a copy of it as reference."""
+    start = recipe.load_start(setup)
+    if isinstance(start, PeftModel):
+        add_reference(start)
+        return start
+    return get_peft_model(start, adapter_config(start, setup.task.run, str(setup.task.model_path)))
+
+
+def load_value_head(adapter: Path | None, policy: PeftModel) -> dict[str, Tensor] | None:
+    """Return the value head that lies beside the adapter to go on from; None where PPO did not make that adapter.
+
+    Raises:
+        InvalidAdapter: It is another model's.
+    """
+    if adapter is None or not (adapter / VALUE_HEAD_FILE).is_file():
+        return None
+    head = load_file(adapter / VALUE_HEAD_FILE)
+    size = policy.config.get_text_config().hidden_size
+    shapes = {name: tuple(tensor.shape) for name, tensor in head.items()}
+    if shapes != {"weight": (1, size), "bias": (1,)}:
+        raise InvalidAdapter(
+            f"{VALUE_HEAD_FILE} beside the adapter of model.continueFrom has tensors {shapes}, which is no value head "
+            f"of a model with hidden size {size}"
+        )
+    return head
 
 
 @dataclass(frozen=True)
@@ -174,11 +219,12 @@ def train_ppo(
     validation: Dataset | None,
     rewards: Sequence[Reward],
     report: Report,
+    critic: Mapping[str, Tensor] | None = None,
 ) -> Learned:
     """Train the policy's adapter and a value head: roll out, score, estimate advantages, update.
 
     Args:
-        policy: The model with its adapter; without it, it is the reference.
+        policy: The model with its adapter; `ppo_rollout.reference` says what its reference is.
         tokenizer: With a padding token.
         args: A step in them is a rollout of batch size x accumulation steps prompts. The learning rate's schedule goes
             by optimizer steps, of which a rollout has `epochs x mini_batches`.
@@ -187,13 +233,14 @@ def train_ppo(
         validation: To evaluate on, before, after, and in between as `args` says.
         rewards: What answers are rewarded for.
         report: Takes the events.
+        critic: Weights of a value head that has learned before.
 
     Raises:
         Diverged: The loss is NaN or infinite.
     """
     per_rollout = args.per_device_train_batch_size * args.gradient_accumulation_steps
     rollouts = count_rollouts(args, len(prompts))
-    learner = build_learner(policy, args, settings, rollouts)
+    learner = build_learner(policy, args, settings, rollouts, critic)
     sampler = Sampler(
         learner.accelerator, learner.model, tokenizer, rewards, settings, args.per_device_train_batch_size
     )
@@ -252,7 +299,13 @@ def take_step(
     )
 
 
-def build_learner(policy: PeftModel, args: TrainingArguments, settings: PPO, rollouts: int) -> Learner:
+def build_learner(
+    policy: PeftModel,
+    args: TrainingArguments,
+    settings: PPO,
+    rollouts: int,
+    critic: Mapping[str, Tensor] | None = None,
+) -> Learner:
     """Put a value head on the policy and set up what trains both."""
     # A ratio compares the policy with what it was: dropout would make them differ before anything is learned.
     disable_dropout_in_model(policy)
@@ -260,6 +313,8 @@ def build_learner(policy: PeftModel, args: TrainingArguments, settings: PPO, rol
         policy.activation_checkpointing_enable()
     accelerator = Accelerator(mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else "no", cpu=args.use_cpu)
     model = ActorCritic(policy, settings.temperature)
+    if critic is not None:
+        model.value_head.load_state_dict(critic)
     kind, given = Trainer.get_optimizer_cls_and_kwargs(args)
     optimizer = kind(trained_parameters(model), weight_decay=args.weight_decay, **given)
     steps = rollouts * settings.epochs * settings.mini_batches

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, cast
@@ -18,7 +19,7 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
-from trl.trainer.utils import entropy_from_logits, pad, selective_log_softmax
+from trl.trainer.utils import entropy_from_logits, pad, selective_log_softmax, use_adapter
 
 from tunewright_api.v1alpha1.ppo import PPO
 from tunewright_trainer import ppo_math
@@ -27,11 +28,12 @@ from tunewright_trainer.rewards import Answer, Reward
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt as tokens and as the data has it, with the further columns of its row."""
+    """A prompt as tokens and as the data has it, with the further columns and the place of its row."""
 
     input_ids: list[int]
     prompt: str | list[dict[str, str]]
     columns: Mapping[str, Any]
+    place: str
 
 
 def read_prompts(rows: Dataset, indices: Iterable[int]) -> list[Prompt]:
@@ -40,14 +42,32 @@ def read_prompts(rows: Dataset, indices: Iterable[int]) -> list[Prompt]:
     prompts = []
     for input_ids, document in zip(found["prompt"], found["row"], strict=True):
         values = json.loads(document)
-        prompts.append(Prompt(input_ids, values["prompt"], json.loads(values["columns"])))
+        prompts.append(Prompt(input_ids, values["prompt"], json.loads(values["columns"]), values["place"]))
     return prompts
+
+
+REFERENCE = "reference"
+"""Name of the frozen copy of an adapter that training goes on from."""
+
+
+def add_reference(policy: PeftModel) -> None:
+    """Keep a copy of the adapter as it is now: the reference of a policy that goes on from it."""
+    policy.add_adapter(REFERENCE, policy.peft_config["default"])
+    for name, parameter in policy.named_parameters():
+        if ".default." in name:
+            policy.get_parameter(name.replace(".default.", f".{REFERENCE}.")).data.copy_(parameter.data)
+
+
+def reference(policy: PeftModel) -> AbstractContextManager[None]:
+    """Make the policy its reference for a while: the kept copy of its adapter, or the model without any."""
+    switched: AbstractContextManager[None] = use_adapter(policy, REFERENCE if REFERENCE in policy.peft_config else None)
+    return switched
 
 
 class ActorCritic(nn.Module):
     """The policy, and the value of each state in which it chose a token; one pass gives both.
 
-    The value is read from the last hidden state by one linear layer. It starts at zero: before it has learned
+    The value is read from the last hidden state by one linear layer. A new one starts at zero: before it has learned
     anything, an advantage is what the answer earned.
     """
 
@@ -163,7 +183,7 @@ class Sampler:
         ids_BS = torch.cat([prompt_ids_BP, answers_BT], dim=1)
         mask_BS = torch.cat([prompt_mask_BP, mask_BT.long()], dim=1)
         logprobs_BT, entropy_BT, values_BT = self._judge(ids_BS, mask_BS, answers_BT.shape[1])
-        with self.model.policy.disable_adapter():
+        with reference(self.model.policy):
             reference_BT, _, _ = self._judge(ids_BS, mask_BS, answers_BT.shape[1])
         scores_B, reward_means = self._scores(prompts, answers_BT, mask_BT)
         return Rollout(
@@ -215,7 +235,7 @@ class Sampler:
         answers = []
         for prompt, answer_T, mask_T in zip(prompts, answers_BT, mask_BT, strict=True):
             text = cast("str", self.tokenizer.decode(answer_T[mask_T], skip_special_tokens=True))
-            answers.append(Answer(prompt.prompt, text, int(mask_T.sum()), prompt.columns))
+            answers.append(Answer(prompt.prompt, text, int(mask_T.sum()), prompt.columns, prompt.place))
         scores_B = torch.zeros(len(answers), device=answers_BT.device)
         means: dict[str, float] = {}
         for reward in self.rewards:

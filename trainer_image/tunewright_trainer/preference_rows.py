@@ -14,6 +14,7 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from tunewright_trainer.errors import InvalidData
+from tunewright_trainer.protocol import RowFormat
 from tunewright_trainer.rows import (
     BATCH_ROWS,
     IGNORED,
@@ -54,11 +55,13 @@ class PreferenceTokenizer:
         tokenizer: With its chat template already overridden where the run says so.
         max_length: Tokens kept of prompt and answer together, from the start of the prompt.
         max_prompt_length: Tokens kept of the prompt, from its end; None: no limit of its own.
+        needs_end: The model writes answers, so it must learn to stop; one that only reads need not.
     """
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     max_prompt_length: int | None
+    needs_end: bool = True
 
     def tokenize(self, rows: Iterable[Row], fields: Sequence[str], label: str) -> Iterator[tuple[Row, Answered]]:
         """Yield every row with its tokens, in order.
@@ -89,15 +92,16 @@ class PreferenceTokenizer:
 
     def _answered(self, batch: Sequence[Row], field: str, label: str, first: int) -> list[TokenRow]:
         """Tokenise prompt and answer of each row as supervised fine-tuning does."""
-        if isinstance(batch[0]["prompt"], str):
+        if self.tokenizer.chat_template is None and all(isinstance(row["prompt"], str) for row in batch):
             strings = [{"prompt": row["prompt"], "completion": row[field]} for row in batch]
             return list(self._rows("PromptCompletion").tokenize(strings, label, first))
-        chats = [{"messages": [*row["prompt"], *row[field]]} for row in batch]
+        # One file may hold texts and turns.
+        chats = [{"messages": [*turns(row["prompt"], "user"), *turns(row[field], "assistant")]} for row in batch]
         return list(self._rows("Messages").tokenize(chats, label, first))
 
-    def _rows(self, row_format: Any) -> RowTokenizer:
+    def _rows(self, row_format: RowFormat) -> RowTokenizer:
         # Answers are cut here, once it is clear what the prompt leaves of the length.
-        return row_tokenizer(self.tokenizer, row_format, max_length=1 << 30)
+        return row_tokenizer(self.tokenizer, row_format, max_length=1 << 30, needs_end=self.needs_end)
 
     def _limited(self, answers: Sequence[TokenRow]) -> Answered:
         starts = [answer_start(answer) for answer in answers]
@@ -109,6 +113,11 @@ class PreferenceTokenizer:
         ends = [answer.input_ids[start:] for answer in answers]
         cut = len(kept) < len(prompt) or any(len(end) > room for end in ends)
         return Answered(kept, tuple(end[:room] for end in ends), cut)
+
+
+def turns(said: str | list[dict[str, str]], role: str) -> list[dict[str, str]]:
+    """Return what was said as chat turns; a text is one of `role`."""
+    return [{"role": role, "content": said}] if isinstance(said, str) else said
 
 
 def answer_start(row: TokenRow) -> int:

@@ -13,10 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from tunewright_trainer.errors import InvalidData, InvalidModel
 from tunewright_trainer.rows import BATCH_ROWS, Row, TokenFile, batched, read_rows, write_arrow
+from tunewright_trainer.special_tokens import Framer, check_end
 from tunewright_trainer.transfer import Advance, ignore
 
 PROMPT_SCHEMA = pa.schema([("prompt", pa.list_(pa.int32())), ("row", pa.string())])
-"""`row` is the whole row as JSON, for the rewards."""
+"""`row` is the whole row as JSON, and its place for messages: for the rewards."""
 
 
 def write_prompts(
@@ -39,8 +40,9 @@ def write_prompts(
 
     Raises:
         InvalidData: The chat template refuses a row.
-        InvalidModel: There is none, and a prompt is a chat.
+        InvalidModel: There is none, and a prompt is a chat; or there is no token that ends an answer.
     """
+    check_end(tokenizer)
     cut = 0
 
     def kept() -> Iterator[dict[str, Any] | None]:
@@ -48,15 +50,22 @@ def write_prompts(
         first = 1
         for batch in batched(read_rows(path, advance), BATCH_ROWS):
             texts = [_rendered(tokenizer, row, f"{label} row {number}") for number, row in enumerate(batch, first)]
-            # A template writes special tokens itself.
-            encoded = tokenizer(texts, add_special_tokens=tokenizer.chat_template is None, verbose=False)
-            for row, ids in zip(batch, encoded["input_ids"], strict=True):
+            for number, (row, ids) in enumerate(zip(batch, _encoded(tokenizer, texts), strict=True), first):
                 cut += len(ids) > max_prompt_length
-                yield {"prompt": ids[-max_prompt_length:], "row": json.dumps(row)}
+                document = json.dumps({**row, "place": f"{label} row {number}"})
+                yield {"prompt": ids[-max_prompt_length:], "row": document}
             first += len(batch)
 
     written, dropped = write_arrow(kept(), PROMPT_SCHEMA, scratch / f"{label}.arrow")
     return TokenFile(scratch / f"{label}.arrow", written, dropped, cut)
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    if tokenizer.chat_template is None:
+        return Framer(tokenizer).encode(texts, open_ended=True)
+    # A template writes special tokens itself.
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, row: Row, place: str) -> str:

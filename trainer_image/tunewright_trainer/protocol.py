@@ -25,6 +25,9 @@ TASK_FILE = "task.json"
 EVENTS_FILE = "events.jsonl"
 OUTPUT_FOLDER = "output"
 
+REWARD_OUTPUTS = ("reward",)
+"""Names of a reward model's outputs."""
+
 RowFormat = Literal[
     "Text", "PromptCompletion", "PlainCompletion", "Messages", "Preference", "UnpairedPreference", "Prompts", "Labelled"
 ]  # fmt: skip
@@ -70,6 +73,8 @@ class WorkerTask(_Message):
     model_path: Path
     adapter_path: Path | None = None
     """The adapter to go on from (model.continueFrom); None starts from the base model."""
+    adapter_outputs: list[str] | None = None
+    """Names of the outputs of that adapter's head, in their order; None: it has none."""
     train_path: Path
     """Checked and normalised rows, jsonl."""
     validation_path: Path | None = None
@@ -118,6 +123,7 @@ class StepEvent(_Message):
     metrics: dict[str, float] | None = Field(
         default=None, description="What the recipe measures besides: rewards, margins, accuracy."
     )
+    details: dict[str, float] | None = Field(default=None, description="Metrics that few people look at.")
 
 
 class EvaluationEvent(_Message):
@@ -127,6 +133,7 @@ class EvaluationEvent(_Message):
     step: int
     loss: float
     metrics: dict[str, float] | None = None
+    details: dict[str, float] | None = Field(default=None, description="Metrics that few people look at.")
 
 
 class EarlyStopEvent(_Message):

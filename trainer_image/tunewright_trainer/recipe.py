@@ -21,9 +21,9 @@ from tunewright_trainer import samples, verify
 from tunewright_trainer.adapter import with_loaded_adapter
 from tunewright_trainer.arguments import check_extra, common_arguments
 from tunewright_trainer.callback import Report
-from tunewright_trainer.errors import InvalidModel
 from tunewright_trainer.hardware import TORCH_DTYPES, Hardware, Precision, choose_precision, find_hardware
 from tunewright_trainer.model import base_model_id, load_model, load_tokenizer, peak_memory_bytes
+from tunewright_trainer.preflight import check_model
 from tunewright_trainer.protocol import PlanEvent, ResultEvent, StageEvent, WorkerTask
 from tunewright_trainer.rows import TokenFile
 from tunewright_trainer.selection import Selection, is_last_step_evaluated
@@ -131,7 +131,11 @@ def run_recipe(
 
 
 def prepare(task: WorkerTask, scratch: Path, world: World = ALONE) -> Setup:
-    """Look at the hardware and load the tokenizer."""
+    """Look at the hardware, load the tokenizer, and check all that needs no weights.
+
+    Raises:
+        InvalidModel, InvalidAdapter, InvalidConfiguration: The parts do not fit one another.
+    """
     hardware = find_hardware(task.run.gpus, world.local_rank)
     scratch.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(task.model_path, task.run)
@@ -143,6 +147,7 @@ def prepare(task: WorkerTask, scratch: Path, world: World = ALONE) -> Setup:
     setup = Setup(task, hardware, choose_precision(task.run, hardware), tokenizer, scratch, world)
     if task.run.hyperparameters.extra:
         check_extra(task.run, arguments(setup, evaluates=task.validation_path is not None))
+    check_model(task, tokenizer)
     return setup
 
 
@@ -162,14 +167,14 @@ def token_files(setup: Setup, tokenize: Callable[[Path, str], TokenFile]) -> tup
     return setup.world.once_per_pod(make)
 
 
-def load_start(setup: Setup) -> PreTrainedModel | PeftModel:
+def load_start(setup: Setup, outputs: Sequence[str] | None = None) -> PreTrainedModel | PeftModel:
     """Load what training starts from: the base model, with the adapter that the run goes on from where there is one.
 
     Raises:
-        InvalidModel: The base model cannot be loaded, or the tokenizer is another model's.
+        InvalidModel: The base model cannot be loaded.
         InvalidAdapter: The adapter is another model's.
     """
-    base = load_base(setup)
+    base = load_base(setup, outputs)
     if setup.task.adapter_path is None:
         return base
     return with_loaded_adapter(base, setup.task.adapter_path, setup.task.run.model.revision)
@@ -179,7 +184,7 @@ def load_base(setup: Setup, outputs: Sequence[str] | None = None) -> PreTrainedM
     """Load the base model to train it.
 
     Raises:
-        InvalidModel: It cannot be loaded, or the tokenizer is another model's.
+        InvalidModel: It cannot be loaded.
     """
     task, precision = setup.task, setup.precision
     # A head that the files do not have is drawn at random.
@@ -192,26 +197,11 @@ def load_base(setup: Setup, outputs: Sequence[str] | None = None) -> PreTrainedM
         device=setup.hardware.device,
         outputs=outputs,
     )
-    check_vocabulary(model, setup.tokenizer)
     if outputs is not None:
         # A classifier looks for the last token that is no padding.
         model.config.pad_token_id = setup.tokenizer.pad_token_id
     model.name_or_path = base_model_id(task.run)  # what the adapter names as its base, instead of a folder of this pod
     return model
-
-
-def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer of another model, which would index past the embedding.
-
-    Raises:
-        InvalidModel: The tokenizer has more tokens than the model.
-    """
-    embedding = cast("nn.Embedding", model.get_input_embeddings())
-    if len(tokenizer) > embedding.num_embeddings:
-        raise InvalidModel(
-            f"the tokenizer has {len(tokenizer)} tokens, the model only {embedding.num_embeddings} embeddings: "
-            "the files in the model's folder do not belong together"
-        )
 
 
 def arguments(setup: Setup, *, evaluates: bool) -> dict[str, object]:

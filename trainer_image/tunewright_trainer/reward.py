@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from datasets import Dataset
+from peft import PeftModel
 from transformers import PreTrainedModel
 from trl import RewardTrainer
 
@@ -13,13 +14,10 @@ from tunewright_trainer.adapter import adapter_config
 from tunewright_trainer.arguments import reward_config
 from tunewright_trainer.callback import ProgressCallback, Report, TokenisingReport
 from tunewright_trainer.preference_rows import PreferenceTokenizer, write_scored
-from tunewright_trainer.protocol import WorkerTask
+from tunewright_trainer.protocol import REWARD_OUTPUTS, WorkerTask
 from tunewright_trainer.recipe import Setup, Trained
 from tunewright_trainer.rows import TokenFile
 from tunewright_trainer.world import ALONE, World
-
-OUTPUTS = ("reward",)
-"""The model's one output."""
 
 
 def train(task: WorkerTask, report: Report, scratch: Path, world: World = ALONE) -> None:
@@ -30,11 +28,11 @@ def train(task: WorkerTask, report: Report, scratch: Path, world: World = ALONE)
 def train_and_save(setup: Setup, report: Report) -> Trained | None:
     """Tokenise the pairs and learn from them; see `recipe.learn`."""
     run = setup.task.run
-    rows = PreferenceTokenizer(setup.tokenizer, run.hyperparameters.max_sequence_length, max_prompt_length=None)
+    rows = PreferenceTokenizer(setup.tokenizer, run.hyperparameters.max_sequence_length, None, needs_end=False)
     train_rows, validation = recipe.token_files(setup, lambda path, label: tokenize(setup, rows, path, label, report))
-    trainer = build_trainer(setup, recipe.load_base(setup, OUTPUTS), train_rows, validation, report)
+    trainer = build_trainer(setup, recipe.load_start(setup, REWARD_OUTPUTS), train_rows, validation, report)
     probes = trainer.train_dataset[: verify.PROBE_ROWS]["chosen_ids"]
-    return recipe.learn(setup, trainer, train_rows, report, probes=probes, outputs=OUTPUTS)
+    return recipe.learn(setup, trainer, train_rows, report, probes=probes, outputs=REWARD_OUTPUTS)
 
 
 def tokenize(setup: Setup, rows: PreferenceTokenizer, path: Path, label: str, report: Report) -> TokenFile:
@@ -47,9 +45,14 @@ def tokenize(setup: Setup, rows: PreferenceTokenizer, path: Path, label: str, re
 
 
 def build_trainer(
-    setup: Setup, model: PreTrainedModel, train_rows: TokenFile, validation: TokenFile | None, report: Report
+    setup: Setup,
+    model: PreTrainedModel | PeftModel,
+    train_rows: TokenFile,
+    validation: TokenFile | None,
+    report: Report,
 ) -> RewardTrainer:
-    """Return the trainer, with an adapter on the model where the method says so; the head is trained in any case."""
+    """Return the trainer, with an adapter on the model where the method says so and none is there; the head is trained
+    in any case."""
     run = setup.task.run
     assert run.objective.reward is not None, "resolve_objective fills the block"
     common = recipe.arguments(setup, evaluates=validation is not None)

@@ -3,8 +3,6 @@ anything. A run without rewards of type Model has none."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,16 +12,14 @@ from typing import Any
 from tunewright_api.manifest import Manifest, digest_of
 from tunewright_api.run_config import HubSettings, TrainRun
 from tunewright_trainer import inputs, model_files
-from tunewright_trainer.artifact import download_artifact, find_manifest
+from tunewright_trainer.artifact import RUN_DOCUMENT, download_artifact, find_manifest, read_document
 from tunewright_trainer.errors import CorruptArtifact, InvalidConfiguration, InvalidModel
 from tunewright_trainer.inputs import ModelInput
 from tunewright_trainer.protocol import RewardModelFolder
-from tunewright_trainer.storage import Storage, join
+from tunewright_trainer.storage import Storage
 from tunewright_trainer.transfer import Advance, Stop
 
 ADAPTER_CONFIG = "adapter_config.json"
-RUN_DOCUMENT = "run.json"
-_MAX_DOCUMENT_BYTES = 1024 * 1024
 _HEAD = re.compile(r"(^|\.)(score|classifier)(\.out_proj|\.modules_to_save)?\.weight$")
 _REMEDY = "train one with objective.type Reward and give its output here"
 
@@ -80,16 +76,16 @@ def find_reward_models(run: TrainRun, storage: Storage, stop: Stop) -> tuple[Rew
 def _find(uri: str, settings: HubSettings, storage: Storage, stop: Stop) -> RewardModelInput:
     manifest, folder = find_manifest(uri, storage)
     if manifest.kind == "Model":
-        _check_config(uri, _document(storage, folder, manifest, f"{manifest.root}/{model_files.CONFIG}"))
+        _check_config(uri, read_document(storage, folder, manifest, f"{manifest.root}/{model_files.CONFIG}"))
         return RewardModelInput(uri, folder, manifest, None)
-    task = _document(storage, folder, manifest, f"{manifest.root}/{ADAPTER_CONFIG}").get("task_type")
+    task = read_document(storage, folder, manifest, f"{manifest.root}/{ADAPTER_CONFIG}").get("task_type")
     if task != "SEQ_CLS":
         raise InvalidModel(
             f"{uri}: not a reward model: its adapter has no score head (task_type {task!r} in {ADAPTER_CONFIG}, not "
             f"'SEQ_CLS'): {_REMEDY}"
         )
     writer = manifest.root.rpartition("/")[0]
-    document = _document(storage, folder, manifest, f"{writer}/{RUN_DOCUMENT}")
+    document = read_document(storage, folder, manifest, f"{writer}/{RUN_DOCUMENT}")
     return RewardModelInput(uri, folder, manifest, _find_base(uri, document, settings, storage, stop))
 
 
@@ -126,22 +122,6 @@ def _find_base(
             "now: its scores would mean nothing. Put the base back, or train the reward model again"
         )
     return base
-
-
-def _document(storage: Storage, folder: str, manifest: Manifest, name: str) -> dict[str, Any]:
-    """Read a small JSON file of a published run, checked against its manifest."""
-    uri = join(folder, name)
-    expected = next((file.sha256 for file in manifest.files if file.path == name), None)
-    stored = storage.read(uri, _MAX_DOCUMENT_BYTES)
-    if expected is None or stored is None:
-        raise CorruptArtifact(f"{uri}: missing" + ("" if expected is None else ", but the manifest names it"))
-    digest = hashlib.sha256(stored[0]).hexdigest()
-    if digest != expected:
-        raise CorruptArtifact(f"{uri}: SHA-256 is {digest}, the manifest says {expected}")
-    document = json.loads(stored[0])
-    if not isinstance(document, dict):
-        raise CorruptArtifact(f"{uri}: must be a JSON object")
-    return document
 
 
 def fetch_reward_models(

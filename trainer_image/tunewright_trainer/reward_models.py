@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from tunewright_trainer.errors import InvalidModel
+from tunewright_trainer.preference_rows import turns
 from tunewright_trainer.protocol import RewardModelFolder
 from tunewright_trainer.recipe import Setup
 from tunewright_trainer.rewards import Answer, Score
@@ -95,18 +96,11 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, answers: Sequence[Answer], max
     rows: list[Row]
     if tokenizer.chat_template is None and all(isinstance(answer.prompt, str) for answer in answers):
         rows = [{"prompt": answer.prompt, "completion": answer.text} for answer in answers]
-        tokenize = row_tokenizer(tokenizer, "PromptCompletion", max_length=1 << 30).tokenize
+        tokenize = row_tokenizer(tokenizer, "PromptCompletion", max_length=1 << 30, needs_end=False).tokenize
     else:
-        rows = [
-            {"messages": [*turns(answer.prompt), {"role": "assistant", "content": answer.text}]} for answer in answers
-        ]
+        rows = [{"messages": [*turns(answer.prompt, "user"), *turns(answer.text, "assistant")]} for answer in answers]
         tokenize = row_tokenizer(tokenizer, "Messages", max_length=1 << 30).tokenize
     return [row.input_ids[-max_length:] for row in tokenize(rows, "answer")]
-
-
-def turns(prompt: str | list[dict[str, str]]) -> list[dict[str, str]]:
-    """Return a prompt as chat turns."""
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 @torch.inference_mode()

@@ -29,6 +29,8 @@ class Answer:
     """Length, the end-of-sequence token included."""
     columns: Mapping[str, Any]
     """All further columns of the row."""
+    place: str = ""
+    """Which row it is, for messages."""
 
 
 Score = Callable[[Sequence[Answer]], list[float]]
@@ -43,24 +45,28 @@ class Reward:
     score: Score
 
 
-def build_rewards(sources: Sequence[RewardSource], models: Sequence[Score] = ()) -> list[Reward]:
+def build_rewards(
+    sources: Sequence[RewardSource], models: Sequence[Score] = (), functions: Sequence[Score] = ()
+) -> list[Reward]:
     """Return the rewards of a run, named by their types; of several of one type the later ones get a number.
 
     Args:
         sources: What the spec says.
         models: The reward models, one for each source of type Model.
+        functions: The users' own functions, one for each source of type Function.
     """
-    waiting = iter(models)
+    given = {"Model": iter(models), "Function": iter(functions)}
     built: list[Reward] = []
     for source in sources:
         same = sum(reward.name.rstrip("0123456789") == source.type for reward in built)
         name = f"{source.type}{same + 1}" if same else source.type
-        built.append(Reward(name, source.weight, next(waiting) if source.type == "Model" else function_of(source)))
+        score = next(given[source.type]) if source.type in given else function_of(source)
+        built.append(Reward(name, source.weight, score))
     return built
 
 
 def function_of(source: RewardSource) -> Score:
-    """Return the function of a reward that needs no model."""
+    """Return the function of a reward that we have ourselves."""
     match source.type:
         case "ExactMatch":
             column = (source.exact_match or ExactMatch()).column
@@ -76,8 +82,8 @@ def function_of(source: RewardSource) -> Score:
             assert source.length is not None, "a rule asks for it"
             wanted = source.length
             return lambda answers: [length(a.tokens, wanted) for a in answers]
-        case "Model":
-            raise AssertionError("a reward model is no function")
+        case "Model" | "Function":
+            raise AssertionError("given from outside")
 
 
 def exact_match(texts: Sequence[str], expected: Sequence[object]) -> list[float]:

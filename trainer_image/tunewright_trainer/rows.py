@@ -25,6 +25,7 @@ from trl.chat_template_utils import get_training_chat_template
 
 from tunewright_trainer.errors import InvalidConfiguration, InvalidData, InvalidModel
 from tunewright_trainer.protocol import RowFormat
+from tunewright_trainer.special_tokens import Framer, check_end
 from tunewright_trainer.transfer import Advance, ignore
 
 IGNORED = -100
@@ -114,13 +115,14 @@ class RowTokenizer:
             first += len(batch)
 
     def _texts(self, batch: Sequence[Row]) -> Iterator[TokenRow]:
-        for ids in self._ids([row["text"] for row in batch], special=True):
+        for ids in Framer(self.tokenizer).encode([row["text"] for row in batch]):
             ended = self._end(ids)
             yield TokenRow(ended, list(ended))
 
     def _completions(self, batch: Sequence[Row]) -> Iterator[TokenRow]:
-        prompts = self._ids([row["prompt"] for row in batch], special=True)
-        wholes = self._ids([row["prompt"] + row["completion"] for row in batch], special=True)
+        framer = Framer(self.tokenizer)
+        prompts = framer.encode([row["prompt"] for row in batch], open_ended=True)
+        wholes = framer.encode([row["prompt"] + row["completion"] for row in batch])
         for prompt, whole in zip(prompts, wholes, strict=True):
             ended = self._end(whole)
             start = 0 if self.learns_all else common_prefix(prompt, ended)
@@ -129,7 +131,7 @@ class RowTokenizer:
     def _chats(self, batch: Sequence[Row], label: str, first: int) -> Iterator[TokenRow]:
         chats = [self._render(row, f"{label} row {number}") for number, row in enumerate(batch, first)]
         texts = list(dict.fromkeys(text for chat in chats for text in chat.texts()))
-        ids_of = dict(zip(texts, self._ids(texts, special=False), strict=True))
+        ids_of = dict(zip(texts, self._ids(texts), strict=True))
         for chat in chats:
             whole = ids_of[chat.whole]
             labels = list(whole) if self.learns_all else [IGNORED] * len(whole)
@@ -155,16 +157,16 @@ class RowTokenizer:
             )
         return chat
 
-    def _ids(self, texts: list[str], *, special: bool) -> list[list[int]]:
-        # verbose=False: rows longer than the model's context are cut here, the tokenizer's warning would be wrong.
-        encoded = self.tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        # A template writes special tokens itself. verbose=False: rows longer than the model's context are cut here.
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         ids: list[list[int]] = encoded["input_ids"]
         return ids
 
     def _end(self, ids: list[int]) -> list[int]:
         """Add the end-of-sequence token, without which a model never learns to stop."""
         end = self.tokenizer.eos_token_id
-        return ids if ids and ids[-1] == end else [*ids, end]
+        return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
 
 
 @dataclass(frozen=True)
@@ -185,9 +187,21 @@ class RenderedChat:
 
 
 def row_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, row_format: RowFormat, max_length: int, *, learns_all: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    row_format: RowFormat,
+    max_length: int,
+    *,
+    learns_all: bool = False,
+    needs_end: bool = True,
 ) -> RowTokenizer:
     """Choose how rows of a format are rendered with this tokenizer.
+
+    Args:
+        tokenizer: With its chat template already overridden where the run says so.
+        row_format: Shape of the rows.
+        max_length: Tokens kept per row, from its start.
+        learns_all: Prompts are learned as well.
+        needs_end: The model writes answers, so it must learn to stop; one that only reads need not.
 
     Raises:
         InvalidModel: Chats without a chat template, or plain text without an end-of-sequence token.
@@ -196,11 +210,8 @@ def row_tokenizer(
     if tokenizer.chat_template is None and row_format == "Messages":
         raise InvalidModel("the rows are chats, but the model has no chat template: set model.chatTemplate")
     if tokenizer.chat_template is None or row_format in ("Text", "PlainCompletion"):
-        if tokenizer.eos_token_id is None:
-            raise InvalidModel(
-                "the tokenizer has no end-of-sequence token, so the model could not learn to stop: "
-                "set eos_token in tokenizer_config.json"
-            )
+        if needs_end:
+            check_end(tokenizer)
         return RowTokenizer(tokenizer, row_format, max_length, None, learns_all)
     return RowTokenizer(tokenizer, row_format, max_length, _training_template(tokenizer), learns_all)
 

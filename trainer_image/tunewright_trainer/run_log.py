@@ -21,9 +21,16 @@ SECRET_VARIABLES = {
 }
 """Name, and the shortest value that is blotted out. Real access key ids have at least 16 characters; the `minio` of a
 test service is part of many a word."""
+PRIVATE_PREFIXES = ("AWS_", "MLFLOW_", *SECRET_VARIABLES)
+"""Beginnings of the names of variables that are the supervisor's alone."""
 MASK = "***"
 MAX_LINE_CHARACTERS = 8192
 TAIL_LINES = 20
+
+
+def without_credentials(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment for processes that need no credentials."""
+    return {name: value for name, value in environment.items() if not name.startswith(PRIVATE_PREFIXES)}
 
 
 class Redactor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,11 @@ from typing import Any
 from tunewright_api.manifest import MANIFEST_NAME, Manifest, digest_of
 from tunewright_api.run_config import TrainRun
 from tunewright_api.v1alpha1.method import MethodType
-from tunewright_trainer.artifact import download_artifact, find_manifest
+from tunewright_api.v1alpha1.spec_rules import COMPARED_WITH_START, FORMATS, WITH_HEAD
+from tunewright_trainer.artifact import RUN_DOCUMENT, download_artifact, find_manifest, read_document
 from tunewright_trainer.errors import CorruptArtifact, InvalidAdapter, MissingFile
+from tunewright_trainer.fields import listed
+from tunewright_trainer.protocol import REWARD_OUTPUTS
 from tunewright_trainer.publish import load_manifest
 from tunewright_trainer.storage import Storage, join
 from tunewright_trainer.transfer import Advance
@@ -19,7 +21,6 @@ from tunewright_trainer.transfer import Advance
 FIELD = "model.continueFrom"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-MAX_CONFIG_BYTES = 1024 * 1024
 _PEFT_TYPES: dict[MethodType, str] = {"LoRA": "LORA", "QLoRA": "LORA", "IA3": "IA3"}
 
 
@@ -35,6 +36,8 @@ class StartAdapter:
     """SHA-256 of the manifest."""
     warning: str | None = None
     """What may be wrong and cannot be told from here."""
+    outputs: tuple[str, ...] | None = None
+    """Names of the outputs of its head, in their order; None: it has none."""
 
     @property
     def notes(self) -> list[str]:
@@ -68,10 +71,14 @@ def find(run: TrainRun, storage: Storage) -> StartAdapter | None:
         raise InvalidAdapter(f"{FIELD}: {error}") from None
     if loaded is None or loaded[0] != manifest:
         raise MissingFile(f"{FIELD}: {manifest_uri} was replaced or deleted meanwhile: start the run again")
-    config = _config(storage, folder, manifest)
-    _check_kind(run, reference.uri, config)
+    try:
+        config = _config(storage, folder, manifest)
+        _check_kind(run, reference.uri, config)
+        outputs = _outputs(run, reference.uri, storage, folder, manifest) if _has_head(config) else None
+    except CorruptArtifact as error:
+        raise InvalidAdapter(f"{FIELD}: {error}") from None
     warning = _check_base(run, reference.uri, str(config.get("base_model_name_or_path") or ""))
-    return StartAdapter(reference.uri, manifest_uri, manifest, digest_of(loaded[1]), warning)
+    return StartAdapter(reference.uri, manifest_uri, manifest, digest_of(loaded[1]), warning, outputs)
 
 
 def fetch(adapter: StartAdapter | None, storage: Storage, folder: Path, advance: Advance) -> Path | None:
@@ -101,17 +108,7 @@ def _config(storage: Storage, folder: str, manifest: Manifest) -> dict[str, Any]
     for name in (CONFIG, WEIGHTS):
         if f"{manifest.root}/{name}" not in names:
             raise InvalidAdapter(f"{FIELD}: {join(folder, MANIFEST_NAME)} names no {manifest.root}/{name}")
-    uri = join(folder, f"{manifest.root}/{CONFIG}")
-    stored = storage.read(uri, MAX_CONFIG_BYTES)
-    if stored is None:
-        raise InvalidAdapter(f"{FIELD}: {uri}: missing, but the manifest names it")
-    try:
-        config = json.loads(stored[0])
-    except ValueError:
-        config = None
-    if not isinstance(config, dict):
-        raise InvalidAdapter(f"{FIELD}: {uri}: not the configuration of an adapter")
-    return config
+    return read_document(storage, folder, manifest, f"{manifest.root}/{CONFIG}")
 
 
 def _check_kind(run: TrainRun, uri: str, config: dict[str, Any]) -> None:
@@ -121,11 +118,42 @@ def _check_kind(run: TrainRun, uri: str, config: dict[str, Any]) -> None:
             f"{FIELD}: {uri} is an adapter of kind {kind!r}, method.type {run.method} trains one of kind {wanted!r}: "
             "set method.type to the method that made it"
         )
-    if config.get("task_type") == "SEQ_CLS":
+    objective = run.objective.type
+    if objective in COMPARED_WITH_START and config.get("bias", "none") != "none":
         raise InvalidAdapter(
-            f"{FIELD}: {uri} is a reward model or classifier, whose head gives no tokens: objective "
-            f"{run.objective.type} goes on from adapters of SFT, DPO and KTO"
+            f"{FIELD}: {uri} has trained bias terms (lora.bias), which objective {objective} cannot go on from: they "
+            "would move in its reference as well. Train an adapter without them first"
         )
+    if _has_head(config) != (objective in WITH_HEAD):
+        made = "a reward model or classifier, whose head gives no tokens" if _has_head(config) else "a language model"
+        others = [kind for kind in FORMATS if kind not in WITH_HEAD]
+        raise InvalidAdapter(
+            f"{FIELD}: {uri} is {made}: objective {objective} goes on from adapters of "
+            + ("its own kind, which have its head: leave it out" if objective in WITH_HEAD else listed(others))
+        )
+
+
+def _has_head(config: dict[str, Any]) -> bool:
+    return config.get("task_type") == "SEQ_CLS"
+
+
+def _outputs(run: TrainRun, uri: str, storage: Storage, folder: str, manifest: Manifest) -> tuple[str, ...]:
+    """Return what the outputs of the adapter's head are, which only the run that made it knows."""
+    writer = manifest.root.rpartition("/")[0]
+    document = read_document(storage, folder, manifest, f"{writer}/{RUN_DOCUMENT}")
+    outputs = tuple(str(name) for name in document.get("outputs") or ())
+    kind, wanted = run.objective.type, None
+    if not outputs or (outputs == REWARD_OUTPUTS) != (kind == "Reward"):
+        wanted = "a reward model's one" if kind == "Reward" else "a classifier's"
+    elif run.objective.classification is not None and run.objective.classification.labels is not None:
+        labels = run.objective.classification.labels
+        wanted = None if tuple(labels) == outputs else f"{listed(labels)} (objective.classification.labels)"
+    if wanted is not None:
+        raise InvalidAdapter(
+            f"{FIELD}: {uri} has a head with the outputs {listed(outputs)}, objective {kind} goes on from {wanted}: "
+            "a head's outputs keep their meaning and their order"
+        )
+    return outputs
 
 
 def _check_base(run: TrainRun, uri: str, base: str) -> str | None:

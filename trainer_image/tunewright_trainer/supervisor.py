@@ -23,6 +23,7 @@ from tunewright_trainer import (
     launcher,
     publish,
     reports,
+    reward_code,
     reward_inputs,
     start_adapter,
 )
@@ -179,7 +180,7 @@ class _Attempt:
         )
         for note in adapter.notes if adapter is not None else ():
             self.log.say(note)
-        return Inputs(model, data, rewards, adapter)
+        return Inputs(model, data, rewards, adapter, reward_code.function_digests(self.run))
 
     def _check_push(self) -> None:
         if self.run.hub_output is not None and self.place.is_first:
@@ -251,6 +252,7 @@ class _Attempt:
                 run=self.run,
                 model_path=model_path,
                 adapter_path=adapter_path,
+                adapter_outputs=found.adapter_outputs,
                 train_path=data.train_path,
                 validation_path=data.validation_path,
                 row_format=data.format.row_format,

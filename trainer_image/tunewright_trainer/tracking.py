@@ -27,7 +27,7 @@ WANDB_FOLDER = "wandb"
 def scalars_of(event: Event) -> tuple[int, dict[str, float]]:
     """Return step and finite numbers of an event, named as in `train/loss`; none for events without numbers."""
     if isinstance(event, EvaluationEvent):
-        given: dict[str, float | None] = {"loss": event.loss, **(event.metrics or {})}
+        given: dict[str, float | None] = {"loss": event.loss, **(event.metrics or {}), **(event.details or {})}
         return event.step, _named("eval", given)
     if isinstance(event, StepEvent):
         given = {
@@ -37,6 +37,7 @@ def scalars_of(event: Event) -> tuple[int, dict[str, float]]:
             "epoch": event.epoch,
             "tokens_per_second": event.tokens_per_second,
             **(event.metrics or {}),
+            **(event.details or {}),
         }
         return event.step, _named("train", given)
     return 0, {}

@@ -14,11 +14,10 @@ from pathlib import Path
 from tunewright_api.exit_codes import ExitCode
 from tunewright_trainer.errors import InternalError, Killed, PeerLost, TrainerError, WorkerFailure
 from tunewright_trainer.protocol import ErrorEvent
-from tunewright_trainer.run_log import SECRET_VARIABLES, RunLog
+from tunewright_trainer.run_log import RunLog, without_credentials
 
 GRACE_SECONDS = 5.0
 PR_SET_PDEATHSIG = 1
-_PRIVATE_PREFIXES = ("AWS_", "MLFLOW_", *SECRET_VARIABLES)
 _CGROUP = Path("/sys/fs/cgroup")
 _LOST_PEER = ("watchdog thread terminated with exception: NCCL error", "Watchdog caught collective operation timeout")
 """What PyTorch prints before it aborts a process whose GPU waits for one that is gone: no Python is left to say it."""
@@ -42,8 +41,7 @@ class WorkerProcess:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={name: value for name, value in environment.items() if not name.startswith(_PRIVATE_PREFIXES)}
-            | {"PYTHONUNBUFFERED": "1"},
+            env=without_credentials(environment) | {"PYTHONUNBUFFERED": "1"},
             start_new_session=True,
             preexec_fn=die_with_parent,
         )

@@ -31,7 +31,7 @@ class SFT(SpecModel):
 
 
 class DPO(SpecModel):
-    """Direct preference optimization (Rafailov et al. 2023). The reference is the model without its adapter."""
+    """Direct preference optimization (Rafailov et al. 2023). The reference is the model as it was before training."""
 
     beta: Beta = Field(default=0.1, description="Weight of staying close to the reference: 0.01 to 0.5 are usual.")
     loss: PreferenceLoss = Field(default="Sigmoid", description="Form of the loss; Sigmoid is that of the paper.")
@@ -148,3 +148,8 @@ class Objective(SpecModel):
     def reward_columns(self) -> list[str]:
         """Columns of the rows that rewards compare answers with."""
         return [(r.exact_match or ExactMatch()).column for r in self.rewards if r.type == "ExactMatch"]
+
+    @property
+    def labels(self) -> list[str]:
+        """All labels that rows may have; empty where the training rows say which there are."""
+        return (self.classification.labels if self.classification is not None else None) or []

@@ -17,7 +17,7 @@ class PPO(SpecModel):
     """Proximal policy optimization (Schulman et al. 2017) with a learned value of every token.
 
     A rollout is batchSize x gradientAccumulationSteps prompts; maxSteps and epochs count rollouts. The reference is the
-    model without its adapter.
+    model without its adapter, or with the one that model.continueFrom names.
     """
 
     rewards: Rewards = Field(description="What answers are rewarded for; the reward is the weighted sum.")

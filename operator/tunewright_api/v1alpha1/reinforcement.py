@@ -8,10 +8,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from tunewright_api.base import Rule, SpecModel
+from tunewright_api.base import PythonFunction, Rule, SpecModel
 from tunewright_api.v1alpha1.parts import ArtifactRef
 
-RewardType = Literal["Model", "ExactMatch", "Regex", "JSON", "Length"]
+RewardType = Literal["Model", "ExactMatch", "Regex", "JSON", "Length", "Function"]
 Tokens = Annotated[int, Field(ge=1, le=1_048_576)]
 
 _FOREIGN_SYNTAX = re.compile(
@@ -98,6 +98,18 @@ class Length(SpecModel):
     )
 
 
+class FunctionReward(SpecModel):
+    """What a Python function of one's own says of the answers; it runs in a process of its own in the training pod."""
+
+    module: PythonFunction = Field(
+        description="The function as package.module:function; the image (pod.image) must have it. It is called with "
+        "lists of prompts, completions and further columns of the rows, and returns one number for each."
+    )
+    timeout_seconds: Annotated[int, Field(ge=1, le=3600)] = Field(
+        default=60, description="Time for one call, which scores all answers of a step; longer ones end the run."
+    )
+
+
 def _belongs_to(field: str, kind: RewardType) -> Rule:
     return Rule(
         f"(self.type == '{kind}') == has(self.{field})",
@@ -110,7 +122,8 @@ class RewardSource(SpecModel):
     """One of the things that an answer is rewarded for; the block of its type holds its settings."""
 
     type: RewardType = Field(
-        description="Model asks a reward model; ExactMatch, Regex, JSON and Length are functions of the answer."
+        description="Model asks a reward model; ExactMatch, Regex, JSON and Length are functions of the answer; "
+        "Function calls a function of your own."
     )
     weight: Annotated[float, Field(ge=-1000, le=1000)] = Field(
         default=1.0, description="Factor of this reward in the sum of all; below 0 it is a penalty."
@@ -123,11 +136,13 @@ class RewardSource(SpecModel):
     # `json` is a method of every pydantic model.
     json_answer: JSONAnswer | None = Field(default=None, alias="json", description="Settings of type JSON.")
     length: Length | None = Field(default=None, description="The length of type Length.")
+    function: FunctionReward | None = Field(default=None, description="The function of type Function.")
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         _belongs_to("model", "Model"),
         _belongs_to("regex", "Regex"),
         _belongs_to("length", "Length"),
+        _belongs_to("function", "Function"),
         Rule(
             "!has(self.exactMatch) || self.type == 'ExactMatch'",
             "rewards[].exactMatch is only for type ExactMatch: remove it or change the type",

@@ -31,10 +31,10 @@ FORMATS: dict[ObjectiveType, tuple[DataFormat, ...]] = {
 """Formats that an objective can learn from; Auto chooses among them."""
 CONTINUED_METHODS: tuple[MethodType, ...] = ("LoRA", "QLoRA", "IA3")
 """Methods that can go on from an adapter; peft does not train a loaded prefix or prompt any further."""
-CONTINUED_OBJECTIVES: tuple[ObjectiveType, ...] = ("SFT", "DPO", "KTO")
-"""Objectives that can go on from an adapter: those that learn tokens."""
-_COMPARED_WITH_BASE: tuple[ObjectiveType, ...] = ("DPO", "KTO", "GRPO", "PPO")
-"""Objectives whose reference is the model without its adapter."""
+WITH_HEAD: tuple[ObjectiveType, ...] = ("Reward", "Classification")
+"""Objectives whose models have a head on the last token; the others' write tokens."""
+COMPARED_WITH_START: tuple[ObjectiveType, ...] = ("DPO", "KTO", "GRPO", "PPO")
+"""Objectives whose reference is the model without its adapter, or with the adapter that it goes on from."""
 _DEFAULTS = {
     "batchSize": DEFAULT_BATCH_SIZE,
     "gradientAccumulationSteps": DEFAULT_GRADIENT_ACCUMULATION_STEPS,
@@ -198,12 +198,12 @@ SPEC_RULES: tuple[Rule, ...] = (
         lambda s: type_of(s.objective) == "SFT" or s.method.type in ("Full", "LoRA", "QLoRA"),
     ),
     Rule(
-        f"!({_OBJECTIVE} in [{_listed(_COMPARED_WITH_BASE)}]) || !has(self.method.lora) || "
+        f"!({_OBJECTIVE} in [{_listed(COMPARED_WITH_START)}]) || !has(self.method.lora) || "
         "!has(self.method.lora.bias) || self.method.lora.bias == 'None'",
-        f"lora.bias is not for {', '.join(_COMPARED_WITH_BASE)}: their reference is the model without its adapter, and "
+        f"lora.bias is not for {', '.join(COMPARED_WITH_START)}: their reference is the model without its adapter, and "
         "trained bias terms would stay in it",
         lambda s: (
-            type_of(s.objective) not in _COMPARED_WITH_BASE or s.method.lora is None or s.method.lora.bias == "None"
+            type_of(s.objective) not in COMPARED_WITH_START or s.method.lora is None or s.method.lora.bias == "None"
         ),
     ),
     Rule(
@@ -235,10 +235,5 @@ SPEC_RULES: tuple[Rule, ...] = (
         "!has(self.model.continueFrom) || (!has(self.method.lora) && !has(self.method.ia3))",
         "model.continueFrom keeps the settings of the adapter it goes on from: remove method.lora and method.ia3",
         lambda s: s.model.continue_from is None or (s.method.lora is None and s.method.ia3 is None),
-    ),
-    Rule(
-        f"!has(self.model.continueFrom) || {_OBJECTIVE} in [{_listed(CONTINUED_OBJECTIVES)}]",
-        f"model.continueFrom is only for objectives that learn tokens: {', '.join(CONTINUED_OBJECTIVES)}",
-        lambda s: s.model.continue_from is None or type_of(s.objective) in CONTINUED_OBJECTIVES,
     ),
 )

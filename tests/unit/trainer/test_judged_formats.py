@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tunewright_api.v1alpha1.objective import ObjectiveType
+from tunewright_api.v1alpha1.parts import Dataset
 from tunewright_trainer.data_formats import choose_format
+from tunewright_trainer.dataset import BadRows, PreparedData, prepare
 from tunewright_trainer.errors import InvalidData
 from tunewright_trainer.fields import BadField
+from tunewright_trainer.transfer import Stop, ignore
 
 ASK = {"role": "user", "content": "Q"}
 GOOD, BAD = {"role": "assistant", "content": "good"}, {"role": "assistant", "content": "bad"}
@@ -116,3 +122,23 @@ def test_the_objective_decides_between_formats() -> None:
     values = {"text": "x", "label": "spam"}
     assert choose_format("Auto", None, values, "f: line 1", "SFT").name == "Text"
     assert choose_format("Auto", None, values, "f: line 1", "Classification").name == "Labelled"
+
+
+def test_labels_outside_the_list(tmp_path: Path) -> None:
+    """Rows whose label is not among those of the spec are all named, before anything is trained."""
+    path = tmp_path / "rows.jsonl"
+    rows = [{"text": "x", "kind": label} for label in ("spam", "ham", 3, "Spam")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = Dataset.model_validate({"train": [{"uri": "s3://data/rows.jsonl"}], "columns": {"label": "kind"}})
+    paths = {"s3://data/rows.jsonl": {"s3://data/rows.jsonl": path}}
+
+    def prepared(labels: Sequence[str]) -> PreparedData:
+        return prepare(dataset, paths, tmp_path / "out", 0, Stop(), ignore, "Classification", (), labels)
+
+    with pytest.raises(BadRows) as caught:
+        prepared(["ham", "spam"])
+    assert caught.value.lines == (
+        "s3://data/rows.jsonl: line 3: kind: is '3', which is not among the labels 'ham', 'spam'",
+        "s3://data/rows.jsonl: line 4: kind: is 'Spam', which is not among the labels 'ham', 'spam'",
+    )
+    assert prepared(()).train_rows == len(rows)

@@ -20,8 +20,11 @@ KEY = "0123456789abcdef"
 STORAGE = Storage(StorageSettings(), local=True)
 
 
-def published(folder: Path, *, kind: Any = "Adapter", leave_out: str = "", **config: Any) -> Published:
-    """Publish an adapter of the base model in `folder`; `config` changes its configuration."""
+def published(
+    folder: Path, *, kind: Any = "Adapter", leave_out: str = "", outputs: list[str] | None = None, **config: Any
+) -> Published:
+    """Publish an adapter of the base model in `folder`; `outputs` are those of its head, `config` changes its
+    configuration."""
     work = folder / "first"
     work.mkdir(parents=True)
     given = {
@@ -33,6 +36,8 @@ def published(folder: Path, *, kind: Any = "Adapter", leave_out: str = "", **con
         if name != leave_out:
             (work / name).write_text(text)
             paths[f"adapter/{name}"] = work / name
+    paths["run.json"] = work / "run.json"
+    paths["run.json"].write_text(json.dumps({} if outputs is None else {"outputs": outputs}))
     made, _ = publish(STORAGE, f"{folder}/results", Result(KEY, "0a1b2c3d", kind, "adapter", paths, {}))
     return made
 
@@ -74,12 +79,39 @@ def test_a_run_from_the_base_model() -> None:
     assert start_adapter.find(make_run(None, **spec, output={"uri": "s3://bucket/out"}), STORAGE) is None
 
 
+REWARD = {"objective": {"type": "Reward"}}
+CLASSES = {"objective": {"type": "Classification"}}
+
+
+def labelled(*labels: str) -> dict[str, Any]:
+    """Return the objective of a classifier with these labels."""
+    return {"objective": {"type": "Classification", "classification": {"labels": list(labels)}}}
+
+
 WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "whole model": ({"kind": "Model"}, {}, "is a whole model, not an adapter: .* as model.uri"),
     "prefix": ({"peft_type": "PREFIX_TUNING"}, {}, "kind 'PREFIX_TUNING', method.type LoRA .* 'LORA'"),
     "IA3 under LoRA": ({"peft_type": "IA3"}, {}, "set method.type to the method that made it"),
     "LoRA under IA3": ({}, {"method": {"type": "IA3"}}, "kind 'LORA', method.type IA3"),
-    "reward model": ({"task_type": "SEQ_CLS"}, {}, "is a reward model or classifier"),
+    "reward model": (
+        {"task_type": "SEQ_CLS"}, {}, "is a reward model or classifier, .*: objective SFT goes .* 'SFT', 'DPO',",
+    ),
+    "reward model of a language model": ({}, REWARD, "is a language model: objective Reward .* of its own kind"),
+    "classifier of a language model": ({}, CLASSES, "is a language model: objective Classification .* of its own kind"),
+    "reward model of a classifier": (
+        {"task_type": "SEQ_CLS", "outputs": ["bad", "good"]}, REWARD,
+        "a head with the outputs 'bad', 'good', objective Reward goes on from a reward model's one",
+    ),
+    "classifier of a reward model": (
+        {"task_type": "SEQ_CLS", "outputs": ["reward"]}, CLASSES,
+        "a head with the outputs 'reward', objective Classification goes on from a classifier's",
+    ),
+    "classifier of other labels": (
+        {"task_type": "SEQ_CLS", "outputs": ["bad", "good"]}, labelled("good", "bad"),
+        "outputs 'bad', 'good', .* from 'good', 'bad' .objective.classification.labels",
+    ),
+    "head without a record": ({"task_type": "SEQ_CLS"}, CLASSES, "a head with the outputs none"),
+    "trained biases": ({"bias": "all"}, {"objective": {"type": "DPO"}}, "has trained bias terms .* objective DPO"),
     "other base": ({"base_model_name_or_path": "/models/other"}, {}, "an adapter of /models/other, model.uri is"),
     "other hub model": (
         {"base_model_name_or_path": "org/model"}, {"base": "hf://org/model-instruct"}, "an adapter of org/model, ",
@@ -98,6 +130,26 @@ def test_what_a_run_cannot_go_on_from(
     with pytest.raises(InvalidAdapter, match=f"^model.continueFrom: .*{message}") as caught:
         start_adapter.find(run_of(tmp_path, **changes), STORAGE)
     assert fate_of(caught.value) == (20, "InvalidAdapter")
+
+
+@pytest.mark.parametrize(
+    ("made", "changes"),
+    [
+        ({}, {}),
+        ({"bias": "all"}, {}),
+        ({}, {"objective": {"type": "GRPO", "grpo": {"rewards": [{"type": "JSON"}]}}}),
+        ({}, {"objective": {"type": "PPO", "ppo": {"rewards": [{"type": "JSON"}]}}}),
+        ({"task_type": "SEQ_CLS", "outputs": ["reward"]}, REWARD),
+        ({"task_type": "SEQ_CLS", "outputs": ["bad", "good"]}, CLASSES),
+        ({"task_type": "SEQ_CLS", "outputs": ["bad", "good"]}, labelled("bad", "good")),
+    ],
+)
+def test_what_a_run_can_go_on_from(made: dict[str, Any], changes: dict[str, Any], tmp_path: Path) -> None:
+    """Adapters that write go on under each objective that writes, heads under their own; their outputs are known."""
+    published(tmp_path, **made)
+    found = start_adapter.find(run_of(tmp_path, **changes), STORAGE)
+    assert found is not None
+    assert found.outputs == (tuple(made["outputs"]) if "outputs" in made else None)
 
 
 def test_nothing_is_published_there(tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 
 from tunewright_api.run_report import Progress
-from tunewright_trainer.events import HEARTBEAT_SECONDS, Heartbeat, describe, metrics_of
+from tunewright_trainer import events
+from tunewright_trainer.events import HEARTBEAT_SECONDS, MAX_LINE_METRICS, Heartbeat, MetricsFile, describe, metrics_of
 from tunewright_trainer.protocol import EvaluationEvent, PlanEvent, StageEvent, StepEvent
 from tunewright_trainer.tracker import MAX_HISTORY, Tracker, now, thin
 
@@ -143,3 +146,32 @@ def test_metrics_lines() -> None:
     assert metrics_of(StageEvent(stage="Loading")) is None
     assert metrics_of(StepEvent(step=1, loss=math.nan, grad_norm=2.0)) == {"step": 1, "loss": None, "gradNorm": 2.0}
     assert metrics_of(EvaluationEvent(step=0, loss=1.0)) == {"step": 0, "evalLoss": 1.0}
+
+
+def test_everything_that_is_measured_is_kept() -> None:
+    """A line has what the status shows and what it has no room for, at most 64 numbers, in steps and evaluations."""
+    step = StepEvent(
+        step=1, loss=0.5, metrics={"rewards/margins": 0.25}, details={"logps/chosen": -3.5, "odd": math.inf}
+    )
+    measured = {"rewards/margins": 0.25, "logps/chosen": -3.5, "odd": None}
+    assert metrics_of(step) == {"step": 1, "loss": 0.5, "metrics": measured}
+    evaluation = EvaluationEvent(step=2, loss=0.5, metrics={"accuracy": 0.75})
+    assert metrics_of(evaluation) == {"step": 2, "evalLoss": 0.5, "metrics": {"accuracy": 0.75}}
+    many = metrics_of(StepEvent(step=1, loss=0.5, metrics={f"{n}{'x' * 300}": 1.0 for n in range(100)}))
+    assert many is not None
+    assert len(many["metrics"]) == MAX_LINE_METRICS
+    assert len(json.dumps(many)) < 10_000
+
+
+def test_a_long_run_keeps_its_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the size at which nobody reads details, a line still has the loss."""
+    monkeypatch.setattr(events, "MAX_DETAILED_BYTES", 500)
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    for number in range(20):
+        file.write(StepEvent(step=number, loss=0.5, metrics={"reward": 1.0}))
+    lines = [json.loads(line) for line in file.path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(20))
+    assert [line["loss"] for line in lines] == [0.5] * 20
+    detailed = ["metrics" in line for line in lines]
+    assert detailed == sorted(detailed, reverse=True)
+    assert 0 < sum(detailed) < 20
