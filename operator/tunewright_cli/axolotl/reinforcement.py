@@ -52,8 +52,11 @@ def convert_grpo(draft: Draft, trl: Keys) -> None:
         trl: The keys of the block `trl`.
     """
     _rewards(draft, trl)
-    for key, field in (("num_generations", "generations"), ("max_completion_length", "maxCompletionLength")):
-        draft.set(f"objective.grpo.{field}", trl.take_whole(key), f"trl.{key}")
+    length = trl.take_whole("max_completion_length")
+    if length is None:
+        trl.note(Kind.DIFFERS, "max_completion_length", "not set: answers are cut at 256 tokens, in Axolotl nowhere")
+    draft.set("objective.grpo.maxCompletionLength", length, "trl.max_completion_length")
+    draft.set("objective.grpo.generations", trl.take_whole("num_generations"), "trl.num_generations")
     for key, field in (("temperature", "temperature"), ("top_p", "topP"), ("epsilon", "epsilon")):
         draft.set(f"objective.grpo.{field}", trl.take_number(key), f"trl.{key}")
     _loss(draft, trl)
@@ -79,10 +82,8 @@ def _rewards(draft: Draft, trl: Keys) -> None:
     for name, weight in zip(functions, weights, strict=True):
         uri = f"{PLACEHOLDER}/rewards/{bucket_key(name)}"
         rewards.append({"type": "Model", "weight": weight, "model": {"uri": uri}})
-        text = (
-            f"{name} is code or a model of your own: write what it rewards as a reward of objective.grpo (ExactMatch, "
-        )
-        text += f"Regex, JSON, Length), or the address of a reward model of tunewright, in place of {uri}"
+        text = f"{name} is code or a model of your own: in place of {uri} write the address of a reward model of "
+        text += "tunewright, or another reward of objective.grpo (ExactMatch, Regex, JSON, Length)"
         trl.note(Kind.TO_DO, "reward_funcs", text)
     draft.set("objective.grpo.rewards", rewards, "trl.reward_funcs")
 
@@ -102,6 +103,5 @@ def _loss(draft: Draft, trl: Keys) -> None:
         text = "rewards are not divided by their deviation with dr_grpo; Axolotl does so unless scale_rewards is false"
         trl.note(Kind.DIFFERS, "scale_rewards", text)
     elif scaled not in (None, True, "group", False, "none"):
-        trl.note(
-            Kind.ERROR, "scale_rewards", f"rewards are divided by their group's deviation, not by that of {scaled!r}"
-        )
+        text = f"rewards are divided by their group's deviation, not by that of {scaled!r}"
+        trl.note(Kind.ERROR, "scale_rewards", text)

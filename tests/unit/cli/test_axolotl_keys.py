@@ -192,6 +192,7 @@ def test_every_reward_function_gets_a_place_of_its_own() -> None:
         ({"wandb_project": "bot", "wandb_log_model": "end"}, Kind.NOT_CONVERTED, "wandb_log_model"),
         ({**GRPO, "trl": {**TRL, "loss_type": "dr_grpo"}}, Kind.DIFFERS, "trl.scale_rewards"),
         ({**GRPO, "trl": {**TRL, "top_k": 0}}, Kind.NOT_NEEDED, "trl.top_k"),
+        ({**GRPO, "trl": TRL}, Kind.DIFFERS, "trl.max_completion_length"),
         ({**GRPO, "trl": {**TRL, "misspelt": 0}}, Kind.NOT_CONVERTED, "trl.misspelt"),
         ({**GRPO, "trl": TRL}, Kind.TO_DO, "datasets[0].type"),
     ],
