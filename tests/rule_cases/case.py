@@ -67,6 +67,11 @@ def dpo(**settings: Any) -> Document:
     return {"objective": {"type": "DPO", "dpo": settings}}
 
 
+def kto(**settings: Any) -> Document:
+    """Return the objective KTO."""
+    return {"objective": {"type": "KTO", "kto": settings}}
+
+
 def grpo(*rewards: Document, **settings: Any) -> Document:
     """Return the objective GRPO."""
     return {"objective": {"type": "GRPO", "grpo": {"rewards": list(rewards or [{"type": "JSON"}]), **settings}}}

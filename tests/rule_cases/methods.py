@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.rule_cases.case import Case, continued, dataset, dpo, grpo, ppo
+from tests.rule_cases.case import Case, continued, dataset, dpo, grpo, kto, ppo
 
 TARGETS = "lora.targets and lora.targetModules exclude each other"
 QUANT_BITS = "quantization.type and quantization.doubleQuant are only for bits: 4"
@@ -30,7 +30,16 @@ ONE_REFERENCE = "a reference names a result by exactly one of fineTuneJob and ur
 CONTINUED_METHOD = "model.continueFrom goes on from an adapter of the methods"
 CONTINUED_SETTINGS = "model.continueFrom keeps the settings of the adapter"
 
+KTO_BATCH = "kto.loss KTO compares the answers of a batch"
+ONE_ROW = {"hyperparameters": {"batchSize": 1}}
+
 METHOD_RULES = (
+    Case("KTO with its default batch", True, {"objective": {"type": "KTO"}}, KTO_BATCH),
+    Case("KTO with two answers at a time", True, {**kto(), "hyperparameters": {"batchSize": 2}}, KTO_BATCH),
+    Case("KTO with one answer at a time", False, {"objective": {"type": "KTO"}, **ONE_ROW}, KTO_BATCH),
+    Case("KTO by name with one answer", False, {**kto(loss="KTO"), **ONE_ROW}, KTO_BATCH),
+    Case("APO zero with one answer", True, {**kto(loss="APOZeroUnpaired"), **ONE_ROW}, KTO_BATCH),
+    Case("DPO with one pair", True, {"objective": {"type": "DPO"}, **ONE_ROW}, KTO_BATCH),
     *(
         Case(f"{name} with its method", True, {"method": {"type": kind, name: block}}, f"method.{name} is only for")
         for name, (kind, block) in METHOD_BLOCKS.items()

@@ -118,6 +118,12 @@ def _answer_fits(kind: Literal["GRPO", "PPO"]) -> Rule:
     )
 
 
+def _is_kto(spec: FineTuneJobSpec) -> bool:
+    """Tell whether the loss takes its reference point from the other answers of a batch; APOZeroUnpaired has none."""
+    kto = spec.objective.kto if spec.objective is not None else None
+    return type_of(spec.objective) == "KTO" and (kto is None or kto.loss == "KTO")
+
+
 _PPO_RULES = (
     Rule(
         f"{_OBJECTIVE} != 'PPO' || !has(self.evaluation) || "
@@ -187,6 +193,12 @@ SPEC_RULES: tuple[Rule, ...] = (
         ),
     ),
     *(_format_rule(kind) for kind in FORMATS),
+    Rule(
+        f"{_OBJECTIVE} != 'KTO' || (has(self.objective.kto) && has(self.objective.kto.loss) && "
+        f"self.objective.kto.loss != 'KTO') || {_hyperparameter('batchSize')} >= 2",
+        "kto.loss KTO compares the answers of a batch with each other: set hyperparameters.batchSize to 2 or more",
+        lambda s: not _is_kto(s) or _value(s, "batchSize") >= 2,
+    ),
     _whole_parts("GRPO", "generations", 8, "compares whole groups of answers"),
     _answer_fits("GRPO"),
     *_PPO_RULES,

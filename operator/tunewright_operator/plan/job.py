@@ -37,8 +37,9 @@ def plan_run(job: FineTuneJob, attempt: int, halvings: int, settings: Settings) 
         hub=settings.hub,
     )
     hyperparameters = run.hyperparameters
+    smallest = 2 if run.objective.type == "KTO" else 1  # a rule has the reason
     for _ in range(halvings):
-        if hyperparameters.batch_size == 1:
+        if hyperparameters.batch_size // 2 < smallest:
             break
         hyperparameters = hyperparameters.model_copy(
             update={

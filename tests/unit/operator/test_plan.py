@@ -84,10 +84,20 @@ def test_the_trainer_can_read_its_run() -> None:
     assert (run.storage.endpoint, run.storage.region, run.storage.path_style) == ("http://s3:9000", "eu-west-1", True)
 
 
-@pytest.mark.parametrize(("halvings", "expected"), [(0, (8, 2)), (1, (4, 4)), (3, (1, 16)), (9, (1, 16))])
-def test_halving_keeps_the_batch(halvings: int, expected: tuple[int, int]) -> None:
-    """Half the micro-batch comes with twice the accumulation, down to one row."""
-    spec = finetunejob(hyperparameters={"batchSize": 8, "gradientAccumulationSteps": 2})
+@pytest.mark.parametrize(
+    ("objective", "halvings", "expected"),
+    [
+        ("SFT", 0, (8, 2)),
+        ("SFT", 1, (4, 4)),
+        ("SFT", 3, (1, 16)),
+        ("SFT", 9, (1, 16)),
+        ("KTO", 9, (2, 8)),
+    ],
+)
+def test_halving_keeps_the_batch(objective: str, halvings: int, expected: tuple[int, int]) -> None:
+    """Half the micro-batch comes with twice the accumulation, down to one row, or two where rows are compared."""
+    batch = {"batchSize": 8, "gradientAccumulationSteps": 2}
+    spec = finetunejob(hyperparameters=batch, objective={"type": objective})
     resolved = plan_run(spec, 1, halvings, SETTINGS).hyperparameters
     assert (resolved.batch_size, resolved.gradient_accumulation_steps) == expected
 
