@@ -78,16 +78,13 @@ class Listener:
 
     def _cause(self, errors: list[ErrorEvent]) -> TrainerError:
         """Return why the workers gave up; where one lost another one of this pod, the end of that one says more."""
-        for error in errors:
-            if error.reason != PeerLost.reason:
-                return worker_process.failure_of(error)
-        code = self._worker.wait(PEER_SECONDS)
-        for error in errors_of(self._tail.read()):
-            if error.reason != PeerLost.reason:
-                return worker_process.failure_of(error)
-        if code is not None and (code < 0 or code > SIGNALS_FROM):
-            return self._death(code)
-        return worker_process.failure_of(errors[0])
+        cause = cause_among(errors)
+        if cause is None:
+            code = self._worker.wait(PEER_SECONDS)
+            cause = cause_among(errors_of(self._tail.read()))
+            if cause is None and code is not None and (code < 0 or code > SIGNALS_FROM):
+                return self._death(code)
+        return worker_process.failure_of(cause or errors[0])
 
     def _death(self, code: int) -> TrainerError:
         self._worker.wait(GRACE_SECONDS)
@@ -104,3 +101,8 @@ class Listener:
 def errors_of(events: Sequence[Event]) -> list[ErrorEvent]:
     """Return the events by which workers gave up."""
     return [event for event in events if isinstance(event, ErrorEvent)]
+
+
+def cause_among(errors: Sequence[ErrorEvent]) -> ErrorEvent | None:
+    """Return the first error that is more than the loss of another process."""
+    return next((error for error in errors if error.reason != PeerLost.reason), None)
