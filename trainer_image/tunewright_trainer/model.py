@@ -11,6 +11,7 @@ import torch
 from bitsandbytes.nn.modules import Linear4bit
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -23,6 +24,7 @@ from tunewright_api.run_config import TrainRun
 from tunewright_api.v1alpha1.method import Quantization
 from tunewright_trainer.errors import InvalidModel
 from tunewright_trainer.hardware import Precision
+from tunewright_trainer.stored_quantization import stored_quantization, with_compute_dtype
 
 _ATTENTION = {"Auto": None, "Eager": "eager", "SDPA": "sdpa"}
 """None: transformers takes SDPA where the model has it, else eager."""
@@ -64,7 +66,7 @@ def load_model(
     device: int | str,
     outputs: Sequence[str] | None = None,
 ) -> PreTrainedModel:
-    """Load a model to the device that trains, quantized where the run says so.
+    """Load a model to the device that trains, quantized where the run says so and the files are not.
 
     Args:
         path: Folder of the base model or of a saved one.
@@ -85,12 +87,15 @@ def load_model(
         head = {"num_labels": len(outputs), "id2label": dict(enumerate(outputs))}
         head["label2id"] = {name: number for number, name in head["id2label"].items()}
     try:
+        config = AutoConfig.from_pretrained(path, **head, local_files_only=True, trust_remote_code=False)
+        with_compute_dtype(config, str(precision.quantized_compute).removeprefix("torch."))
+        quantization = run.quantization if stored_quantization(config) is None else None
         model: PreTrainedModel = kind.from_pretrained(
             path,
-            **head,
+            config=config,
             dtype=weights,
             attn_implementation=_ATTENTION[run.model.attention],
-            quantization_config=quantization_config(run.quantization, precision) if run.quantization else None,
+            quantization_config=quantization_config(quantization, precision) if quantization else None,
             device_map={"": device},
             use_safetensors=True,
             local_files_only=True,

@@ -18,17 +18,21 @@ from tunewright_trainer.adapter import adapter_config, with_loaded_adapter
 from tunewright_trainer.errors import InvalidModel
 from tunewright_trainer.model import base_model_id
 from tunewright_trainer.protocol import WorkerTask
+from tunewright_trainer.stored_quantization import check_stored
 
 
 def check_model(task: WorkerTask, tokenizer: PreTrainedTokenizerBase) -> None:
     """Check tokenizer and adapter against the model's architecture.
 
     Raises:
-        InvalidModel: The architecture is not known, or the tokenizer is another model's.
-        InvalidConfiguration: The adapter goes on layers that are not there, or has a higher rank than they.
+        InvalidModel: The architecture is not known, the tokenizer is another model's, or the files are quantized in a
+            way that no adapter is trained on.
+        InvalidConfiguration: The adapter goes on layers that are not there, or has a higher rank than they; or the
+            files are quantized in another way than the run says.
         InvalidAdapter: The adapter of model.continueFrom does not fit.
     """
     model = empty_model(task)
+    check_stored(task.run, model.config)
     check_vocabulary(model, tokenizer)
     if task.adapter_path is not None:
         with_loaded_adapter(model, task.adapter_path, task.run.model.revision, is_empty=True)

@@ -134,7 +134,11 @@ class Method(SpecModel):
         "PromptTuning and IA3 train very small adapters."
     )
     lora: LoRA | None = Field(default=None, description="Adapter settings of LoRA and QLoRA.")
-    quantization: Quantization | None = Field(default=None, description="Base storage of QLoRA.")
+    quantization: Quantization | None = Field(
+        default=None,
+        description="Base storage of QLoRA. Files that bitsandbytes has quantized already are taken as they are; "
+        "settings that are not theirs are refused.",
+    )
     prefix_tuning: PrefixTuning | None = Field(default=None, description="Settings of PrefixTuning.")
     prompt_tuning: PromptTuning | None = Field(default=None, description="Settings of PromptTuning.")
     ia3: IA3 | None = Field(default=None, description="Settings of IA3.")
