@@ -70,7 +70,8 @@ def test_a_preference_type_becomes_columns_and_template(
     objective: str, kind: Any, columns: dict[str, str] | None, template: str | None
 ) -> None:
     """Axolotl's names for public data sets say which columns they have and how they are written out."""
-    spec = converted(rl=objective, datasets=[{"path": "s3://datasets/rows.jsonl", "type": kind}])
+    # KTO takes two answers at a time or more.
+    spec = converted(rl=objective, datasets=[{"path": "s3://datasets/rows.jsonl", "type": kind}], micro_batch_size=2)
     assert spec["dataset"]["format"] == ("UnpairedPreference" if objective == "kto" else "Preference")
     assert spec["dataset"].get("columns") == columns
     assert spec["model"].get("chatTemplate") == template
