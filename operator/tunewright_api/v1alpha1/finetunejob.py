@@ -115,7 +115,8 @@ class Retry(SpecModel):
     timeouts: Timeouts | None = Field(default=None, description="Time limits.")
 
 
-def _immutable(field: str, *, required: bool) -> str:
+def immutable(field: str, *, required: bool) -> str:
+    """Return the CEL rule that a field of the spec never changes."""
     if required:
         return f"self.{field} == oldSelf.{field}"
     return f"has(self.{field}) == has(oldSelf.{field}) && (!has(self.{field}) || self.{field} == oldSelf.{field})"
@@ -164,8 +165,8 @@ class FineTuneJobSpec(SpecModel):
     @classmethod
     def transition_rules(cls) -> list[dict[str, str]]:
         """Return the immutability rules; the API server checks them, an update is never seen by Python."""
-        rules = [(f, _immutable(f, required=True)) for f in REQUIRED_IMMUTABLE]
-        rules += [(f, _immutable(f, required=False)) for f in OPTIONAL_IMMUTABLE]
+        rules = [(f, immutable(f, required=True)) for f in REQUIRED_IMMUTABLE]
+        rules += [(f, immutable(f, required=False)) for f in OPTIONAL_IMMUTABLE]
         return [{"rule": rule, "message": f"spec.{field} {IMMUTABLE_MESSAGE}"} for field, rule in rules]
 
 
