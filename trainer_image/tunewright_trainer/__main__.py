@@ -24,6 +24,7 @@ from tunewright_api.exit_codes import ExitCode
 from tunewright_api.run_config import RUN_ENVIRONMENT_VARIABLE, TrainRun
 from tunewright_api.run_report import Progress
 from tunewright_trainer import reports, supervisor
+from tunewright_trainer.attempt import write_report
 from tunewright_trainer.errors import InternalError, InvalidConfiguration, TrainerError
 from tunewright_trainer.run_log import Redactor
 from tunewright_trainer.settings import SupervisorSettings
@@ -49,7 +50,7 @@ def main() -> int:
     progress = Progress(stage="Starting", updated_at=now())
     report = reports.failed(failure, progress, None, redact(str(failure)))
     sys.stdout.write(f"failed: {report.reason} (exit code {report.exit_code}): {report.message}\n")
-    supervisor.write_report(report, settings)
+    write_report(report, settings)
     return report.exit_code
 
 
