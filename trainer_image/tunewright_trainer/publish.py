@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,9 @@ from tunewright_trainer.transfer import Advance, ignore
 from tunewright_trainer.wandb import FILE_SUFFIX as OFFLINE_RUN_SUFFIX
 
 PARALLEL_UPLOADS = 4
+MERGED_FOLDER = "merged"
+GGUF_FOLDER = "gguf"
+GGUF_SUFFIX = ".gguf"
 PUBLISHED_SUFFIXES = (".safetensors", ".json", ".jsonl", ".md", ".txt", ".jinja", ".log", OFFLINE_RUN_SUFFIX)
 PUBLISHED_NAMES = ("tokenizer.model", "spiece.model")
 """Text, tensors and SentencePiece tables. Never a pickle: whoever loads one runs what its writer wanted."""
@@ -104,11 +107,16 @@ def _verify_sizes(storage: Storage, folder: str, manifest: Manifest) -> None:
 
 
 def _output(folder: str, manifest: Manifest, data: bytes) -> PublishedOutput:
+    merged = f"{manifest.writer}/{MERGED_FOLDER}"
+    has_merged = manifest.root != merged and any(file.path.startswith(f"{merged}/") for file in manifest.files)
+    gguf = [join(folder, file.path) for file in manifest.files if file.path.endswith(GGUF_SUFFIX)]
     return PublishedOutput(
         uri=join(folder, manifest.root),
         manifest_uri=join(folder, MANIFEST_NAME),
         digest=digest_of(data),
         size_bytes=manifest.size_bytes,
+        merged_uri=join(folder, merged) if has_merged else None,
+        gguf_uris=gguf or None,
     )
 
 
@@ -124,12 +132,16 @@ class Result:
     files: Mapping[str, Path]
     """Local files by their name in the writer's folder."""
     metrics: Mapping[str, Any]
+    stored: Sequence[ManifestFile] = ()
+    """Files that are in the writer's folder already; their paths are relative to it."""
+    verification: Mapping[str, Any] | None = None
+    """What was proved of a merged model."""
 
 
 def publish(
     storage: Storage, output_uri: str, result: Result, advance: Advance = ignore, say: Callable[[str], None] = print
 ) -> tuple[Published, bool]:
-    """Upload the files of a result and make it valid.
+    """Upload the local files of a result and make it valid.
 
     Args:
         storage: Where to.
@@ -145,7 +157,11 @@ def publish(
         StorageUnavailable: Storage does not hold what was uploaded.
     """
     folder = join(output_uri, result.run_key)
-    files = _upload(storage, join(folder, result.writer), result, advance)
+    uploaded = _upload(storage, join(folder, result.writer), result, advance)
+    files = [
+        file.model_copy(update={"path": f"{result.writer}/{file.path}"})
+        for file in sorted((*result.stored, *uploaded), key=lambda file: file.path)
+    ]
     manifest = Manifest(
         kind=result.kind,
         run_key=result.run_key,
@@ -154,6 +170,7 @@ def publish(
         created_at=now(),
         files=files,
         metrics=dict(result.metrics),
+        verification=dict(result.verification) if result.verification is not None else None,
     )
     try:
         _verify_sizes(storage, folder, manifest)
@@ -173,7 +190,7 @@ def _upload(storage: Storage, folder: str, result: Result, advance: Advance) -> 
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         storage.upload(path, join(folder, name), advance)
-        return ManifestFile(path=f"{result.writer}/{name}", bytes=path.stat().st_size, sha256=digest)
+        return ManifestFile(path=name, bytes=path.stat().st_size, sha256=digest)
 
     with ThreadPoolExecutor(PARALLEL_UPLOADS, "upload") as pool:
         return list(pool.map(upload, *zip(*sorted(result.files.items()), strict=True)))

@@ -58,6 +58,11 @@ class Storage:
 
         return S3(self._settings, self._stop)
 
+    @property
+    def is_local(self) -> bool:
+        """Whether plain paths may stand where URIs do."""
+        return self._local
+
     def local_path(self, uri: str) -> Path | None:
         """Return the path of a mounted or local file, None for s3://.
 
