@@ -44,7 +44,8 @@ def make_adapter(base: Path, folder: Path, *, seed: int, **config: Any) -> Path:
     torch.manual_seed(seed)
     given = {"r": 4, "lora_alpha": 12, "target_modules": ALL, "task_type": "CAUSAL_LM", "init_lora_weights": False}
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**{**given, **config}))
-    model.save_pretrained(folder)
+    # Left to itself, peft saves the embeddings as well, but with a warning.
+    model.save_pretrained(folder, save_embedding_layers="embed_tokens" in config.get("target_modules", ()))
     (folder / "tokenizer.json").write_text(json.dumps({"seed": seed}))
     (folder / "chat_template.jinja").write_text(f"template {seed}")
     return folder
