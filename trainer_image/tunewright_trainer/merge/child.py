@@ -9,6 +9,7 @@ The process exits with the code of its error. It gets no credentials, and what i
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 import traceback
@@ -20,7 +21,7 @@ from typing import TypeVar
 from pydantic import BaseModel
 
 from tunewright_api.exit_codes import OUTCOMES, ExitCode
-from tunewright_trainer.errors import TrainerError, fate_of
+from tunewright_trainer.errors import DiskFull, TrainerError, fate_of
 from tunewright_trainer.protocol import ErrorEvent
 from tunewright_trainer.run_log import RunLog
 from tunewright_trainer.transfer import Stop
@@ -118,9 +119,17 @@ def serve(task_type: type[T], work: Callable[[T], BaseModel]) -> int:
         return _fail(task_file, code, reason, str(error))
     # Whatever our own fault is, the supervisor gets an event and the log a traceback.
     except Exception as error:
+        if _is_full(error):
+            message = f"no space left in {task_file.parent}: raise resources.ephemeralStorage"
+            return _fail(task_file, DiskFull.exit_code, DiskFull.reason, message)
         return _fail(task_file, ExitCode.INTERNAL_ERROR, OUTCOMES[ExitCode.INTERNAL_ERROR].reason, describe(error))
     _write(task_file, answer.model_dump_json(by_alias=True))
     return ExitCode.SUCCESS
+
+
+def _is_full(error: Exception) -> bool:
+    """Tell whether a disk is full; safetensors' errors have the number in their text alone."""
+    return getattr(error, "errno", None) == errno.ENOSPC or f"(os error {errno.ENOSPC})" in str(error)
 
 
 def _fail(task_file: Path, code: ExitCode, reason: str, message: str) -> int:

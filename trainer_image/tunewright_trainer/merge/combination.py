@@ -7,6 +7,7 @@ magnitudes) is refused here by name, from the adapters' configurations alone.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +36,8 @@ DEFAULT_DENSITY = 0.5
 """The papers keep less of a whole model's change. Factors are pruned one by one, so that of their product much more is
 lost: half of both leaves a quarter of the terms."""
 PEFT_DEFAULT_RANK = 8
-"""Rank of a configuration that does not name one."""
+PEFT_DEFAULT_ALPHA = 8
+"""Of a configuration that does not name them."""
 _STEP = Step(
     "tunewright_trainer.merge.combine", "process that combines the adapters", "combine adapters of lower ranks"
 )
@@ -153,8 +155,28 @@ def check_combination(configs: Sequence[tuple[str, Mapping[str, Any]]], combinat
 
 def highest_rank(config: Mapping[str, Any]) -> int:
     """Return the highest rank of any layer of an adapter."""
-    ranks: list[int] = [config.get("r", PEFT_DEFAULT_RANK), *(config.get("rank_pattern") or {}).values()]
-    return max(ranks)
+    return max(_ranks(config))
+
+
+def lowest_rank(config: Mapping[str, Any]) -> int:
+    """Return the lowest rank of any layer of an adapter; below 1 it is none."""
+    return min(_ranks(config))
+
+
+def _ranks(config: Mapping[str, Any]) -> list[int]:
+    return [config.get("r", PEFT_DEFAULT_RANK), *(config.get("rank_pattern") or {}).values()]
+
+
+def rank_and_scale(config: Mapping[str, Any], layer: str) -> tuple[int, float]:
+    """Return a layer's rank, and what an adapter multiplies the product of its factors with."""
+    rank = _of_layer(config.get("rank_pattern"), layer, config.get("r", PEFT_DEFAULT_RANK))
+    alpha = _of_layer(config.get("alpha_pattern"), layer, config.get("lora_alpha", PEFT_DEFAULT_ALPHA))
+    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _of_layer(pattern: Mapping[str, Any] | None, layer: str, default: Any) -> Any:
+    """Return what a pattern says of a layer: as in peft the first that its name ends with, from a dot on."""
+    return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", layer)), default)
 
 
 def changes_base(config: Mapping[str, Any]) -> bool:
@@ -199,9 +221,8 @@ def _check_adapter(name: str, config: Mapping[str, Any]) -> None:
         raise InvalidAdapter(
             f"{name} has {what}, which cannot be combined: merge it into the base model by itself, or train it without"
         )
-    rank = highest_rank(config)
-    if rank < 1:
-        raise InvalidAdapter(f"{name} has rank {rank}: it changes nothing")
+    if lowest_rank(config) < 1:
+        raise InvalidAdapter(f"{name} has rank {lowest_rank(config)}: it changes nothing")
 
 
 def _check_equal(

@@ -29,7 +29,6 @@ from tunewright_trainer.errors import InvalidAdapter, InvalidConfiguration
 from tunewright_trainer.merge.child import serve
 from tunewright_trainer.merge.combination import (
     OF_EQUAL_RANKS,
-    PEFT_DEFAULT_RANK,
     AdapterFolder,
     Combination,
     CombineResult,
@@ -37,6 +36,7 @@ from tunewright_trainer.merge.combination import (
     check_combination,
     different_ranks,
     highest_rank,
+    rank_and_scale,
 )
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class AdapterFile:
         if set(names) != {"A", "B"}:
             raise InvalidAdapter(f"{self.uri}: {layer} has only one of its two factors: {', '.join(names.values())}")
         a, b = (self.tensor(names[side]).float() for side in "AB")
-        rank = _of_layer(self.config.get("rank_pattern"), layer, self.config.get("r", PEFT_DEFAULT_RANK))
+        rank, scale = rank_and_scale(self.config, layer)
         if a.dim() != 2 or b.dim() != 2 or a.shape[0] != rank or b.shape[1] != rank:
             raise InvalidAdapter(
                 f"{self.uri}: the factors of {layer} have shapes {tuple(a.shape)} and {tuple(b.shape)}; those of a "
@@ -126,8 +126,6 @@ class AdapterFile:
             )
         if not (a.isfinite().all() and b.isfinite().all()):
             raise InvalidAdapter(f"{self.uri}: {layer} has values that are no finite numbers")
-        alpha = _of_layer(self.config.get("alpha_pattern"), layer, self.config.get("lora_alpha", PEFT_DEFAULT_RANK))
-        scale = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
         return Factors(self.uri, a, b, scale, weight)
 
 
@@ -312,14 +310,6 @@ def _targets(configs: Sequence[Mapping[str, Any]], layers: Iterable[str]) -> lis
     if limited or any(config.get(limit) is not None for config in configs for limit in limits):
         return sorted(layers)
     return sorted({name for config in configs for name in config.get("target_modules") or ()})
-
-
-def _of_layer(pattern: Mapping[str, Any] | None, layer: str, default: Any) -> Any:
-    """Return what a pattern of the configuration says of a layer."""
-    from peft.utils.other import get_pattern_key
-
-    pattern = pattern or {}
-    return pattern.get(get_pattern_key(pattern, layer), default)
 
 
 def _read_config(adapter: AdapterFolder) -> dict[str, Any]:
