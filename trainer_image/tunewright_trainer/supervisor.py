@@ -105,7 +105,7 @@ class _Attempt:
         self.trackers = Trackers(run, settings.work, settings.environment, self.log.say)
         self.place = launcher.find_place(run, settings.environment)
         command = launcher.launch_command(run, self.place, settings.worker_command, settings.work)
-        self.worker = WorkerProcess(command, settings.work, settings.environment, self.log)
+        self.worker = WorkerProcess([*command, "--work", str(settings.work)], settings.environment, self.log)
         takers = (self.tracker.handle, self.metrics.write, self.trackers.write)
         self.listener = Listener(self.worker, settings.work, self.log, takers, expects_result=self.place.is_first)
         self.storage = Storage(run.storage, stop=self.stop, local=settings.local, pvc_root=settings.pvc_root)
