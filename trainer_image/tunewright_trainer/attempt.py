@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import shutil
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ from tunewright_trainer.transfer import Stop
 REPORT_FILE = "report.json"
 LOG_FOLDER = "logs"
 PUBLISHED_FOLDER = "published"
+GIVE_WAY_SECONDS = 10.0
+"""Longest wait for a request on its way, and longest removal of files: a pod that is deleted has 30 s by default."""
 
 Run = TrainRun | MergeRun
 
@@ -169,6 +173,52 @@ class Attempt:
         """Store the whole report beside the result."""
         data = report.model_dump_json(by_alias=True, exclude_none=True, indent=2).encode()
         self.storage.put(join(self.folder, REPORT_FILE), data, replaces="*")
+
+
+class Unpublished:
+    """Files of an attempt in storage that are no result yet, and their removal when they will never be one."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        self._attempt = attempt
+        self._idle = threading.Event()
+        self._idle.set()
+        self._is_kept = True
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Surround the work that stores files, in the thread that does it."""
+        self._is_kept = False
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._idle.set()
+
+    def keep(self) -> None:
+        """Leave the files where they are from here on: a manifest may name them."""
+        self._is_kept = True
+
+    def remove(self) -> None:
+        """Take the files away, unless they are kept.
+
+        That works after a stop was requested, too, but takes no longer than a deleted pod has.
+        """
+        if self._is_kept:
+            return
+        attempt, settings = self._attempt, self._attempt.settings
+        # What a request on its way would still store must not come after the removal.
+        self._idle.wait(GIVE_WAY_SECONDS)
+        stop = Stop()
+        timer = threading.Timer(GIVE_WAY_SECONDS, stop.request, ["the removal took too long"])
+        timer.daemon = True
+        timer.start()
+        storage = Storage(attempt.run.storage, stop=stop, local=settings.local, pvc_root=settings.pvc_root)
+        try:
+            storage.delete_folder(attempt.folder)
+        except TrainerError as error:
+            attempt.log.say(f"could not remove {attempt.folder}, which is no result and may be deleted: {error}")
+        finally:
+            timer.cancel()
 
 
 def write_report(report: RunReport, settings: SupervisorSettings) -> None:

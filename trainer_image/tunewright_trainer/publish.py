@@ -141,17 +141,21 @@ class Result:
 def publish(
     storage: Storage, output_uri: str, result: Result, advance: Advance = ignore, say: Callable[[str], None] = print
 ) -> tuple[Published, bool]:
-    """Upload the local files of a result and make it valid.
+    """Upload the local files of a result and make it valid; see `store` and `make_valid`."""
+    return make_valid(storage, output_uri, store(storage, output_uri, result, advance), say)
+
+
+def store(storage: Storage, output_uri: str, result: Result, advance: Advance = ignore) -> Manifest:
+    """Upload the local files of a result.
 
     Args:
         storage: Where to.
         output_uri: The user's output folder.
         result: What.
         advance: Told the bytes uploaded.
-        say: Told what a reader of the log should know.
 
     Returns:
-        The published result, and whether it is another writer's that was there first.
+        The manifest that would make it valid.
 
     Raises:
         StorageUnavailable: Storage does not hold what was uploaded.
@@ -176,11 +180,31 @@ def publish(
         _verify_sizes(storage, folder, manifest)
     except CorruptArtifact as error:
         raise StorageUnavailable(f"the upload is not complete: {error}") from None
+    return manifest
+
+
+def make_valid(
+    storage: Storage, output_uri: str, manifest: Manifest, say: Callable[[str], None] = print
+) -> tuple[Published, bool]:
+    """Put the manifest of a stored result in its place.
+
+    After an error nobody knows whether it is there: the files must stay.
+
+    Args:
+        storage: Where to.
+        output_uri: The user's output folder.
+        manifest: Of the stored files.
+        say: Told what a reader of the log should know.
+
+    Returns:
+        The published result, and whether it is another writer's that was there first.
+    """
+    folder = join(output_uri, manifest.run_key)
     first = _put_manifest(storage, output_uri, manifest, say)
     if first is not None:
-        storage.delete_folder(join(folder, result.writer))
+        storage.delete_folder(join(folder, manifest.writer))
         return first, True
-    latest = Latest(run_key=result.run_key, manifest=f"{result.run_key}/{MANIFEST_NAME}", updated_at=now())
+    latest = Latest(run_key=manifest.run_key, manifest=f"{manifest.run_key}/{MANIFEST_NAME}", updated_at=now())
     storage.put(join(output_uri, LATEST_NAME), latest.model_dump_json(by_alias=True, indent=2).encode(), replaces="*")
     return Published(manifest, _output(folder, manifest, manifest.to_bytes())), False
 

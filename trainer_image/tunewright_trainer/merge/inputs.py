@@ -334,8 +334,8 @@ def quantization_of(run: MergeRun, adapters: list[AdapterInput]) -> BaseQuantiza
     if None in found:
         adapter = next(adapter for adapter in adapters if adapter.quantization is None)
         raise InvalidConfiguration(
-            f"quantizedBase is Dequantized, but {adapter.name} is not the result of a FineTuneJob of method QLoRA, which "
-            "would say how its base was quantized: use Original"
+            f"quantizedBase is Dequantized, but {adapter.name} is not the result of a FineTuneJob of method QLoRA, "
+            "which would say how its base was quantized: use Original"
         )
     if len(found) > 1:
         raise InvalidConfiguration(
