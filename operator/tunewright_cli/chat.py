@@ -188,9 +188,10 @@ class Finder:
 
         try:
             found = self.find(base.uri, base.revision)
-        except TrainerError as error:
+        except (TrainerError, InvalidArgument) as error:
+            code = fate_of(error)[0] if isinstance(error, TrainerError) else InvalidArgument.exit_code
             message = f"the adapter's base model: {error}. Say with --base where it is"
-            raise TrainerFailure(message, int(fate_of(error)[0])) from None
+            raise TrainerFailure(message, int(code)) from None
         if found.base is not None:
             raise InvalidArgument(f"{base.uri} is an adapter, no base model: give the model below it as --base")
         return found

@@ -249,8 +249,15 @@ def test_adapters_of_embeddings(kind: CombinationType, tmp_path: Path, monkeypat
     """Their factors are combined, and the embeddings that peft saves along come along."""
     base = tmp_path / "llama"
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=99, tie_word_embeddings=False, **sizes)).save_pretrained(base)
+    small = LlamaConfig(
+        vocab_size=99,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(small).save_pretrained(base)
     adapters = [
         make_adapter(base, tmp_path / name, seed=seed, target_modules=["embed_tokens", "q_proj"])
         for name, seed in (("a", 1), ("b", 2))

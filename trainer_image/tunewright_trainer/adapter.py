@@ -80,7 +80,7 @@ def with_loaded_adapter(
     return adapted
 
 
-def load_adapter(model: PreTrainedModel, folder: Path, name: str, base: str, **options: bool) -> PeftModel:
+def load_adapter(model: PreTrainedModel, folder: Path, name: str, base: str | None, **options: bool) -> PeftModel:
     """Return the model with a saved adapter.
 
     Args:

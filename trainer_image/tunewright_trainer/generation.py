@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
@@ -119,6 +120,7 @@ def load(model_path: Path, adapter_path: Path | None, device: Device, name: str)
         InvalidAdapter: The adapter is not one of this model.
         GpuOutOfMemory: The model is too large for the GPU.
     """
+    transformers.utils.logging.disable_progress_bar()
     if device == "cuda" and not torch.cuda.is_available():
         raise InvalidConfiguration(f"PyTorch {torch.__version__} sees no GPU: use --device cpu")
     on_gpu = device != "cpu" and torch.cuda.is_available()

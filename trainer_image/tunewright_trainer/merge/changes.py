@@ -197,9 +197,7 @@ class Changes:
         change = self._change(path, name)
         shape, factors, transposed = change.source.shape, self._shape(name), self._is_conv1d(module)
         if len(shape) != _MATRIX or len(factors) != _MATRIX:
-            raise InvalidAdapter(
-                f"{self._adapter.uri}: {module} is a convolution: IA3 of convolutions is not merged here"
-            )
+            raise InvalidAdapter(f"{self._adapter.uri}: {module} is a convolution: its IA3 is not merged here")
         # Feed-forward layers have their inputs multiplied, all others their outputs.
         inputs = factors[0] == 1
         by_column = inputs != transposed
@@ -274,8 +272,8 @@ class Changes:
             return
         if self._is_conv1d(module) or len(change.base.shape) != _MATRIX:
             raise InvalidAdapter(
-                f"{self._adapter.uri}: {module} is no linear layer of the usual layout, which cannot be merged into the "
-                "dequantized base: set quantizedBase to Original"
+                f"{self._adapter.uri}: {module} is no linear layer of the usual layout, so it cannot be merged into "
+                "the dequantized base: set quantizedBase to Original"
             )
         how, dtype = self._dequantized, change.base.dtype
         change.edits.append(

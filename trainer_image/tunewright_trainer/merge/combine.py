@@ -81,14 +81,16 @@ class AdapterFile:
         if not path.is_file():
             raise InvalidAdapter(f"{self.uri}: no {WEIGHTS}: {_instead(folder.path)}")
         try:
-            self._file: Any = safe_open(path, framework="pt")
+            # Any: not all of its methods have types.
+            opened: Any = safe_open(path, framework="pt")
         except SafetensorError as error:
             raise InvalidAdapter(f"{self.uri}/{WEIGHTS}: damaged or truncated: {error}") from None
+        self._file = opened
         self.names: dict[str, dict[str, str]] = {}
         """Names of the tensors by layer and side."""
         self.embeddings: set[str] = set()
         """Tensors of the base model's embeddings, which peft saves along when an adapter has to do with them."""
-        for name in self._file.keys():  # noqa: SIM118  # no mapping
+        for name in opened.keys():  # noqa: SIM118  # no mapping
             self._add(name)
 
     def _add(self, name: str) -> None:

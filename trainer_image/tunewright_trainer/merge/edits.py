@@ -74,20 +74,20 @@ class LowRank(_Simple):
     def begin(self) -> None:
         """Read the factors."""
         a, b = (self._adapter.load(name) for name in self.names)
-        a_rC, b_Rr = a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
-        left, right = (a_rC.T, b_Rr.T) if self._transposed else (b_Rr, a_rC)
-        self._left_Rr = np.ascontiguousarray(left) * np.float32(self.scale)
-        self._right_rC = np.ascontiguousarray(right)
+        a, b = a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
+        left, right = (a.T, b.T) if self._transposed else (b, a)
+        self._left = np.ascontiguousarray(left) * np.float32(self.scale)
+        self._right = np.ascontiguousarray(right)
 
     def apply(self, block: Float32, first: int) -> Float32:
         """Add the rows' part of the product."""
-        result: Float32 = self._left_Rr[first : first + len(block)] @ self._right_rC
+        result: Float32 = self._left[first : first + len(block)] @ self._right
         result += block
         return result
 
     def end(self) -> None:
         """Forget the factors."""
-        del self._left_Rr, self._right_rC
+        del self._left, self._right
 
 
 class ExpertLowRank(LowRank):
@@ -107,12 +107,12 @@ class ExpertLowRank(LowRank):
     def begin(self) -> None:
         """Read the factors and take this tensor's part of them."""
         a, b = (self._adapter.load(name) for name in self.names)
-        a_Eri = a.reshape(self._experts, -1, a.shape[1])
-        b_oEr = b.reshape(b.shape[0], -1, self._experts).transpose(0, 2, 1)
+        a = a.reshape(self._experts, -1, a.shape[1])
+        b = b.reshape(b.shape[0], -1, self._experts).transpose(0, 2, 1)
         self._pairs = []
         for expert in self._part.experts:
-            a_ri, b_or = a_Eri[expert], b_oEr[self._part.outputs, expert] * np.float32(self.scale)
-            left, right = (a_ri.T, b_or.T) if self._transposed else (b_or, a_ri)
+            one_a, one_b = a[expert], b[self._part.outputs, expert] * np.float32(self.scale)
+            left, right = (one_a.T, one_b.T) if self._transposed else (one_b, one_a)
             self._pairs.append((np.ascontiguousarray(left), np.ascontiguousarray(right)))
 
     def apply(self, block: Float32, first: int) -> Float32:

@@ -1,4 +1,4 @@
-"""Which tensor of a checkpoint an adapter means: modules of a loaded model and tensors of files differ in their names."""
+"""Which tensor of a checkpoint an adapter means: modules of a loaded model have other names than tensors of files."""
 
 from __future__ import annotations
 

@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
+
 from tunewright_trainer.errors import InvalidAdapter
 from tunewright_trainer.merge.adapter import Adapter
 from tunewright_trainer.merge.changes import HEADS, BaseQuantization, Change, Changes
@@ -133,11 +135,8 @@ def _stay_tied(adapter: Adapter, embedding: Change | None, head: Change | None) 
         return False
     if head is None:
         # peft trains tokens of both at once, and both whole where it was told to keep them tied.
-        return (
-            bool(adapter.config.get("ensure_weight_tying"))
-            or all(isinstance(e, Rows) for e in embedding.edits)
-            and (embedding.replacement is None)
-        )
+        only_tokens = embedding.replacement is None and all(isinstance(edit, Rows) for edit in embedding.edits)
+        return only_tokens or bool(adapter.config.get("ensure_weight_tying"))
     return _alike(adapter, embedding.tensors, head.tensors)
 
 
@@ -150,10 +149,9 @@ def _alike(adapter: Adapter, embedding: dict[str, str], head: dict[str, str]) ->
     a, b = embedding.get("lora_embedding_A"), embedding.get("lora_embedding_B")
     if a is None or b is None or "lora_A" not in head:
         return "lora_A" not in head and a is None
-    return (
-        adapter.tensors[a].shape == adapter.tensors[head["lora_B"]].shape[::-1]
-        and bool((adapter.load(a).T == adapter.load(head["lora_B"])).all())
-        and bool((adapter.load(b).T == adapter.load(head["lora_A"])).all())
+    return bool(
+        np.array_equal(adapter.load(head["lora_B"]), adapter.load(a).T)
+        and np.array_equal(adapter.load(head["lora_A"]), adapter.load(b).T)
     )
 
 
@@ -199,7 +197,7 @@ def _check_vocabulary(
         if name in tensors and tensors[name].source.shape[0] != rows:
             raise InvalidAdapter(
                 f"{adapter.uri}: the embedding has {rows} tokens, the output head {name} has "
-                f"{tensors[name].source.shape[0]}: save the adapter with save_embedding_layers=True, so that it has both"
+                f"{tensors[name].source.shape[0]}: save the adapter with save_embedding_layers=True to have both"
             )
     if old is not None and old.shape[0] != rows:
         config["vocab_size"] = rows

@@ -139,8 +139,8 @@ def sources_of(base: Checkpoint) -> dict[str, Source]:
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method != "bitsandbytes":
         raise InvalidModel(
-            f"{base.reader.uri}: the weights are quantized by {method}, which nothing is merged into: give the model in "
-            "16 bits that they were made from as the base"
+            f"{base.reader.uri}: the weights are quantized by {method}, which nothing is merged into: give the model "
+            "in 16 bits that they were made from as the base"
         )
     sources: dict[str, Source] = {}
     for name, tensor in base.tensors.items():
