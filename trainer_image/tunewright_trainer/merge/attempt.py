@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tunewright_api.merge_run import MergeRun, merge_run_key
 from tunewright_api.run_report import MergePlan, MergeVerification, PinnedAdapter, Progress, RunReport
 from tunewright_trainer import model_files, publish, reports
+from tunewright_trainer.artifact import MAX_DOCUMENT_BYTES
 from tunewright_trainer.attempt import Attempt, Unpublished
 from tunewright_trainer.errors import InvalidAdapter, InvalidModel, Stalled, TrainerError
 from tunewright_trainer.inputs import ModelInput
@@ -188,7 +189,7 @@ class _Merge:
             hub.download(base.hub, [model_files.CONFIG], folder, self.run.hub, self.stop, lambda size: None)
             data = (folder / model_files.CONFIG).read_bytes()
         else:
-            stored = self.storage.read(join(base.uri, model_files.CONFIG), publish.MAX_MANIFEST_BYTES)
+            stored = self.storage.read(join(base.uri, model_files.CONFIG), MAX_DOCUMENT_BYTES)
             data = stored[0] if stored is not None else b""
         try:
             config = json.loads(data)

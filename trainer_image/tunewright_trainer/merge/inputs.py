@@ -22,7 +22,7 @@ from tunewright_trainer.artifact import (
 )
 from tunewright_trainer.errors import CorruptArtifact, InvalidAdapter, InvalidConfiguration, MissingFile
 from tunewright_trainer.inputs import ModelInput
-from tunewright_trainer.merge.stream import BaseQuantization
+from tunewright_trainer.merge.changes import BaseQuantization
 from tunewright_trainer.publish import load_manifest
 from tunewright_trainer.start_adapter import CONFIG, WEIGHTS
 from tunewright_trainer.storage import Storage, join
