@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from tunewright_api.exit_codes import ExitCode
 from tunewright_api.merge_run import MergeRun
 from tunewright_api.run_config import RUN_ENVIRONMENT_VARIABLE, TrainRun
-from tunewright_api.run_report import Progress, RunReport
+from tunewright_api.run_report import Progress
 from tunewright_trainer import reports, supervisor
 from tunewright_trainer.attempt import Run, write_report
 from tunewright_trainer.errors import InternalError, InvalidConfiguration, TrainerError
@@ -41,7 +41,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: settings.stop.request("the pod was asked to stop (SIGTERM)"))
     redact = Redactor(settings.environment)
     try:
-        return carry_out(read_run(os.environ), settings).exit_code
+        return supervisor.run(read_run(os.environ), settings).exit_code
     except TrainerError as error:
         failure = error
     except Exception as error:
@@ -66,16 +66,6 @@ def read_settings(environment: Mapping[str, str]) -> SupervisorSettings:
         termination_log=Path(environment.get("TUNEWRIGHT_TERMINATION_LOG", "/dev/termination-log")),
         environment=dict(environment),
     )
-
-
-def carry_out(run: Run, settings: SupervisorSettings) -> RunReport:
-    """Train or merge; see `supervisor.run`."""
-    if isinstance(run, TrainRun):
-        return supervisor.run(run, settings)
-    # Imported only here: numpy costs a tenth of a second, which the start of a worker need not wait for.
-    from tunewright_trainer.merge import attempt
-
-    return attempt.run(run, settings)
 
 
 def read_run(environment: Mapping[str, str]) -> Run:

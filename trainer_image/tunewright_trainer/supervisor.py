@@ -11,6 +11,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+from tunewright_api.merge_run import MergeRun
 from tunewright_api.run_config import TrainRun
 from tunewright_api.run_report import RunReport
 from tunewright_trainer import (
@@ -23,7 +24,7 @@ from tunewright_trainer import (
     reward_inputs,
     start_adapter,
 )
-from tunewright_trainer.attempt import Attempt
+from tunewright_trainer.attempt import Attempt, Run
 from tunewright_trainer.dataset import PreparedData
 from tunewright_trainer.errors import Preempted, Stalled, TrainerError
 from tunewright_trainer.events import MetricsFile
@@ -54,18 +55,23 @@ OWN = (
 """Of a training attempt, in the work folder."""
 
 
-def run(run: TrainRun, settings: SupervisorSettings) -> RunReport:
+def run(run: Run, settings: SupervisorSettings) -> RunReport:
     """Carry out a run and return its report; the report also goes to `settings.termination_log`.
 
     Every failure that is foreseen ends in a report with its exit code and reason. The worker is gone on return.
 
     Args:
-        run: What to train.
+        run: What to train, or to merge.
         settings: Places and hooks on this machine.
 
     Raises:
         Exception: A fault of our own; the caller makes an InternalError report of it.
     """
+    if isinstance(run, MergeRun):
+        # Imported only here: numpy costs a tenth of a second, which the start of a worker need not wait for.
+        from tunewright_trainer.merge import attempt
+
+        return attempt.run(run, settings)
     return _Training(run, settings).execute()
 
 
