@@ -117,3 +117,24 @@ def merge_settings(work: Path, bucket: Bucket | None = None, **changes: Any) -> 
     }
     given = {"work": work, "writer": WRITER, "echo": False, "environment": environment}
     return SupervisorSettings(**{**given, **changes})
+
+
+def write_base(folder: Path, *, hidden: int = HIDDEN, prefix: str = "model", seed: int = 0) -> Path:
+    """Write a Llama too small to say anything, for merges that end before it has to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": hidden, "vocab_size": 96}))
+    (folder / "tokenizer.json").write_text("{}")
+    save_file(base_tensors(hidden, prefix, seed), folder / "model.safetensors")
+    return folder
+
+
+def base_tensors(hidden: int = HIDDEN, prefix: str = "model", seed: int = 0) -> dict[str, np.ndarray]:
+    """Make its weights."""
+    draw = np.random.default_rng(seed)
+    tensors = {f"{prefix}.embed_tokens.weight": (96, hidden), f"{prefix}.norm.weight": (hidden,)}
+    for layer in range(2):
+        for module, (rows, columns) in SHAPES.items():
+            shape = tuple(hidden if size == HIDDEN else size for size in (rows, columns))
+            tensors[f"{prefix}.layers.{layer}.{module}.weight"] = shape
+    return {name: draw.normal(0, 0.5, shape).astype(np.float32) for name, shape in tensors.items()}

@@ -19,7 +19,7 @@ from tests.trainer.merge_kit import (
     upload_folder,
     write_adapter,
 )
-from tests.trainer.s3_fixtures import bucket, make_storage, server, shared_bucket, storage
+from tests.trainer.s3_fixtures import bucket, server, shared_bucket, storage
 from tunewright_api.run_report import RunReport
 from tunewright_trainer.merge import attempt
 from tunewright_trainer.settings import SupervisorSettings
