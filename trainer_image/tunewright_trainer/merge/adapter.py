@@ -139,7 +139,7 @@ def check_kind(adapter: Adapter) -> None:
     if not isinstance(start, bool) and start not in _HARMLESS_INITS:
         raise InvalidAdapter(
             f"{place}: init_lora_weights is {start!r}: such an adapter belongs to a base whose weights were changed "
-            "when it was made. Convert it to plain LoRA with save_pretrained(path_initial_model_for_weight_conversion=...)"
+            "when it was made. Convert it: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
     ranks = {"r": config.get("r", 8), **{f"rank_pattern {k}": v for k, v in (config.get("rank_pattern") or {}).items()}}
     for field, rank in ranks.items():
