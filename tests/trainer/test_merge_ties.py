@@ -122,7 +122,7 @@ def test_a_grown_vocabulary(request: pytest.FixtureRequest, tmp_path: Path, fami
         (
             lora(["q_proj", "embed_tokens", "lm_head"]),
             "base_layer",
-            r"lora_embedding_A of shape \[4, 50\] does not fit model\.embed_tokens\.weight of shape \[48, 32\]",
+            r"lm_head\.lora_B\.weight of shape \[50, 4\] does not fit lm_head\.weight of shape \[48, 32\]",
         ),
     ],
 )
