@@ -17,7 +17,7 @@ from safetensors.numpy import save
 
 from tests.s3_proxy import proxied
 from tests.trainer.kit import Bucket
-from tests.trainer.merge_kit import (
+from tests.trainer.merge_run_kit import (
     adapter_config,
     adapter_tensors,
     base_tensors,
