@@ -100,17 +100,21 @@ class Storage:
             MissingFile: There is no such file any more.
             StorageUnavailable: It was replaced meanwhile.
         """
-        raise NotImplementedError
+        path = self.local_path(uri)
+        if path is None:
+            return self._s3.read_range(*_split(uri), file, start, length)
+        return self._folder.read_range(uri, path, file, start, length)
 
     def writer(self, uri: str, size_bytes: int) -> StreamWriter:
         """Begin a file of known size that is written from its beginning while its parts are stored in the background.
 
-        It takes the place of what stands there. A file that is never finished is not there.
-
-        Raises:
-            DiskFull: From the writer's methods, where the file system is full.
+        It takes the place of what stands there. A file that is never finished is not there. The writer's methods raise
+        OSError (ENOSPC among others) where the storage is a file system.
         """
-        raise NotImplementedError
+        path = self.local_path(uri)
+        if path is None:
+            return self._s3.writer(*_split(uri), size_bytes)
+        return self._folder.writer(uri, path, size_bytes)
 
     def put(self, uri: str, data: bytes, *, replaces: str | None) -> bool:
         """Write a small file whole or not at all.

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 from tunewright_trainer.merge.adapter import Adapter
+from tunewright_trainer.merge.changes import BaseQuantization
 from tunewright_trainer.merge.checkpoint import Checkpoint
-from tunewright_trainer.merge.sinks import Sink, WrittenFile
+from tunewright_trainer.merge.compute import Outcome, requests_of, write_tensor
+from tunewright_trainer.merge.numbers import OUTPUT_DTYPES
+from tunewright_trainer.merge.plan import Plan, plan_merge
+from tunewright_trainer.merge.prefetch import Prefetcher
+from tunewright_trainer.merge.shards import Shard, index_of, plan_shards
+from tunewright_trainer.merge.side_files import side_files
+from tunewright_trainer.merge.sinks import FileWriter, Sink, WrittenFile
 from tunewright_trainer.transfer import Advance, Stop, ignore
 
 OutputDtype = Literal["Auto", "BFloat16", "Float16", "Float32"]
 DEFAULT_SHARD_BYTES = 5_000_000_000
-
-
-@dataclass(frozen=True)
-class BaseQuantization:
-    """How the base was quantized when the adapter was trained, for merging into what the adapter saw."""
-
-    bits: Literal[4, 8] = 4
-    type: Literal["NF4", "FP4"] = "NF4"
-    double_quant: bool = True
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ class MergeFindings:
     """Tensors that went through byte for byte."""
     converted_tensors: int
     """Tensors that only got another number format."""
+
+    dropped_tensors: tuple[str, ...]
+    """Tensors of the base that a model for the adapter's task does not have."""
+    untied: bool
+    """Input embedding and output head were one tensor in the base and are two now."""
 
     @property
     def unchanged(self) -> tuple[str, ...]:
@@ -92,4 +98,78 @@ def merge(
         VerificationFailed: A number of the result is not finite.
         TrainerError, OSError: Reading or writing failed.
     """
-    raise NotImplementedError
+    target = None if dtype == "Auto" else OUTPUT_DTYPES[dtype]
+    plan = plan_merge(base, adapter, dequantized)
+    shards = plan_shards(plan.tensors, target, max_shard_bytes)
+    files = side_files(base, adapter, plan, target, outputs)
+    index = index_of(shards)
+    small = [*files.items(), *([index] if index is not None else [])]
+    outcomes, written = _write_shards(shards, sink, advance, stop or Stop())
+    written += [_write_small(sink, name, data) for name, data in small]
+    return _findings(plan, shards, adapter, outcomes, written)
+
+
+def _write_shards(
+    shards: Sequence[Shard], sink: Sink, advance: Advance, stop: Stop
+) -> tuple[dict[str, Outcome], list[WrittenFile]]:
+    outcomes: dict[str, Outcome] = {}
+    finishing: list[Future[WrittenFile]] = []
+    requests = chain.from_iterable(requests_of(tensor) for shard in shards for tensor, _ in shard.tensors)
+    # The last parts of a file are on their way while the next file is computed.
+    with Prefetcher(requests) as pieces, ThreadPoolExecutor(1, "finish-shard") as finisher:
+        for shard in shards:
+            if finishing:
+                finishing[-1].result()
+            writer = sink.open(shard.name, shard.size_bytes)
+
+            def write(data: bytes | memoryview, writer: FileWriter = writer) -> None:
+                stop.check()
+                writer.write(data)
+                advance(len(data))
+
+            try:
+                write(shard.header)
+                for tensor, dtype in shard.tensors:
+                    outcomes[tensor.name] = write_tensor(tensor, dtype, pieces.take, write)
+            except BaseException:
+                writer.abort()
+                raise
+            finishing.append(finisher.submit(writer.finish))
+        return outcomes, [job.result() for job in finishing]
+
+
+def _write_small(sink: Sink, name: str, data: bytes) -> WrittenFile:
+    writer = sink.open(name, len(data))
+    try:
+        writer.write(data)
+    except BaseException:
+        writer.abort()
+        raise
+    return writer.finish()
+
+
+def _findings(
+    plan: Plan, shards: Sequence[Shard], adapter: Adapter, outcomes: dict[str, Outcome], written: list[WrittenFile]
+) -> MergeFindings:
+    changes: list[TensorChange] = []
+    copied = converted = 0
+    for tensor, dtype in chain.from_iterable(shard.tensors for shard in shards):
+        outcome = outcomes[tensor.name]
+        if tensor.kind == "Copied":
+            same = tensor.source.is_plain and tensor.source.dtype == dtype
+            copied, converted = copied + same, converted + (not same)
+        elif tensor.kind == "Delta" or tensor.base is not None:
+            kind: Literal["Delta", "Replaced"] = "Delta" if tensor.kind == "Delta" else "Replaced"
+            changes.append(TensorChange(tensor.name, outcome.relative_delta, outcome.changed, kind))
+        else:
+            kind_of_new: Literal["Replaced", "Added"] = "Added" if tensor.kind == "Added" else "Replaced"
+            changes.append(TensorChange(tensor.name, math.inf, changed=True, kind=kind_of_new))
+    return MergeFindings(
+        files=tuple(written),
+        changes=tuple(changes),
+        adapter_tensors=len(adapter.tensors),
+        copied_tensors=copied,
+        converted_tensors=converted,
+        dropped_tensors=plan.dropped,
+        untied=plan.config.get("tie_word_embeddings") is False,
+    )
