@@ -71,9 +71,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tiny: Path) -> Iterator[HubServer]:
         yield running
 
 
-def run(bucket: Bucket, settings: SupervisorSettings, **spec: object) -> RunReport:
+def run(bucket: Bucket, settings: SupervisorSettings, **spec: Any) -> RunReport:
     """Merge on the inputs of a bucket."""
-    given = {"adapters": [{"uri": ADAPTERS}], "output": {"uri": OUT}, **spec}
+    given: dict[str, Any] = {"adapters": [{"uri": ADAPTERS}], "output": {"uri": OUT}, **spec}
     return supervisor.run(merge_run(bucket.server.endpoint, **given), settings)
 
 
@@ -125,9 +125,8 @@ def test_several_adapters_from_and_to_the_hub(
     hub.repositories["model", "org/base"].commit("main", "another model", "", {"config.json": b"{}"})
     adapters = []
     for number, weight in ((1, 0.5), (2, 2.0)):
-        config = {"revision": commit, "base_model_name_or_path": "org/base"}
         upload_folder(
-            bucket, write_adapter(tmp_path / f"{number}", "org/base", seed=number, **config), f"p{number}"
+            bucket, write_adapter(tmp_path / f"{number}", "org/base", seed=number, revision=commit), f"p{number}"
         )
         adapters.append({"uri": f"s3://tests/p{number}", "weight": weight})
     report = run(
