@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
 from tunewright_api.base import AdapterUri, Duration, ModelUri, Quantity, Rule, SpecModel
-from tunewright_api.v1alpha1.finetunejob import MAX_NAME_LENGTH, HubOutput, Metadata, Output, Retry, immutable
+from tunewright_api.v1alpha1.finetunejob import NAME_RULES, HubOutput, Metadata, Output, Retry, immutable
 from tunewright_api.v1alpha1.parts import ArtifactRef, DType, HubRef, StorageRef
 from tunewright_api.v1alpha1.pod import Pod
 
@@ -259,18 +258,7 @@ class AdapterMerge(SpecModel):
     spec: AdapterMergeSpec
     status: dict[str, Any] | None = None
 
-    RULES: ClassVar[tuple[Rule, ...]] = (
-        Rule(
-            f"size(self.metadata.name) <= {MAX_NAME_LENGTH}",
-            f"metadata.name may have at most {MAX_NAME_LENGTH} characters: Jobs and pods are named after it",
-            lambda m: len(m.metadata.name) <= MAX_NAME_LENGTH,
-        ),
-        Rule(
-            "self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",
-            "metadata.name may have only lower-case letters, digits and '-': Jobs and pods are named after it",
-            lambda m: re.search(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", m.metadata.name) is not None,
-        ),
-    )
+    RULES: ClassVar[tuple[Rule, ...]] = NAME_RULES
 
 
 def bytes_of(shard_size: str) -> int:
