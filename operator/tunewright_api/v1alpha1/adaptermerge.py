@@ -187,7 +187,9 @@ class AdapterMergeSpec(SpecModel):
 
     suspend: bool = Field(default=False, description="True removes the pod; false again starts a new attempt. Mutable.")
     base: MergeBase | None = Field(
-        default=None, description="The base model. Default: the one that the first adapter was trained on."
+        default=None,
+        description="The base model. Default: the one that the first adapter was trained on. One on a volume must be "
+        "named: only volumes that the spec names are mounted.",
     )
     adapters: list[AdapterSource] = Field(
         min_length=1, max_length=16, description="The adapters; several are combined into one first."
