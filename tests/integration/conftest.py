@@ -93,14 +93,13 @@ class Api:
 
     def path(self, kind: str, name: str = "") -> str:
         """Return the path of an object or of all objects of a kind."""
-        group = {"finetunejobs": GROUP, "jobs": "/apis/batch/v1", "pods": "/api/v1", "events": "/api/v1"}.get(
-            kind, "/api/v1"
-        )
+        group = {"finetunejobs": GROUP, "adaptermerges": GROUP, "jobs": "/apis/batch/v1"}.get(kind, "/api/v1")
         return f"{group}/namespaces/{self.namespace}/{kind}" + (f"/{name}" if name else "")
 
     def create(self, document: Document) -> Document:
-        """Create a FineTuneJob."""
-        return self.call("POST", self.path("finetunejobs"), document, params={"fieldValidation": "Strict"})
+        """Create a FineTuneJob or an AdapterMerge."""
+        path = self.path(f"{document['kind'].lower()}s")
+        return self.call("POST", path, document, params={"fieldValidation": "Strict"})
 
     def get(self, kind: str, name: str) -> Document | None:
         """Return an object, None when it is not there."""

@@ -184,6 +184,21 @@ class Metadata(SpecModel):
     deletion_timestamp: str | None = None
 
 
+NAME_RULES: tuple[Rule, ...] = (
+    Rule(
+        f"size(self.metadata.name) <= {MAX_NAME_LENGTH}",
+        f"metadata.name may have at most {MAX_NAME_LENGTH} characters: Jobs and pods are named after it",
+        lambda o: len(o.metadata.name) <= MAX_NAME_LENGTH,
+    ),
+    Rule(
+        "self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",
+        "metadata.name may have only lower-case letters, digits and '-': Jobs and pods are named after it",
+        lambda o: re.search(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", o.metadata.name) is not None,
+    ),
+)
+"""Of either kind."""
+
+
 class FineTuneJob(SpecModel):
     """A FineTuneJob as a user writes it (status and server-side metadata are not looked at)."""
 
@@ -194,15 +209,4 @@ class FineTuneJob(SpecModel):
     spec: FineTuneJobSpec
     status: dict[str, Any] | None = None
 
-    RULES: ClassVar[tuple[Rule, ...]] = (
-        Rule(
-            f"size(self.metadata.name) <= {MAX_NAME_LENGTH}",
-            f"metadata.name may have at most {MAX_NAME_LENGTH} characters: Jobs and pods are named after it",
-            lambda j: len(j.metadata.name) <= MAX_NAME_LENGTH,
-        ),
-        Rule(
-            "self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",
-            "metadata.name may have only lower-case letters, digits and '-': Jobs and pods are named after it",
-            lambda j: re.search(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", j.metadata.name) is not None,
-        ),
-    )
+    RULES: ClassVar[tuple[Rule, ...]] = NAME_RULES
