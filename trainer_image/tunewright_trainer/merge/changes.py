@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tunewright_trainer.errors import InvalidAdapter
-from tunewright_trainer.merge.adapter import Adapter
+from tunewright_trainer.merge.adapter import Adapter, equal_tensors
 from tunewright_trainer.merge.edits import (
     AddVector,
     Edit,
@@ -20,7 +20,7 @@ from tunewright_trainer.merge.edits import (
     Rows,
     Scale,
 )
-from tunewright_trainer.merge.names import Names, parse_key
+from tunewright_trainer.merge.names import UNTRAINED, Names, parse_key
 from tunewright_trainer.merge.sources import Source, Stored
 
 HEADS = (
@@ -112,6 +112,8 @@ class Changes:
             key = parse_key(name)
             if key is None:
                 raise InvalidAdapter(f"{adapter.uri}: tensor {name} has no name that peft gives")
+            if key.part == UNTRAINED:
+                continue
             if key.part:
                 groups.setdefault((key.module, key.depth), {})[key.part] = name
             else:
@@ -126,8 +128,10 @@ class Changes:
             same_inputs = change.base.shape[1:] == tensor.shape[1:] and len(change.base.shape) == len(tensor.shape)
             if not same_inputs or not (self._is_kept(path) or _last(path.rpartition(".")[0]) in _RESIZED):
                 raise self._misfit(name, path, change.base.shape)
+        other = change.tensors.setdefault("whole", name)
+        if other != name and not equal_tensors(self._adapter, name, other):
+            raise InvalidAdapter(f"{self._adapter.uri}: {name} and {other} are two versions of {path}")
         change.replacement = Stored(self._adapter.reader, tensor)
-        change.tensors["whole"] = name
 
     def _is_kept(self, path: str) -> bool:
         """Tell whether a parameter belongs to a module that was trained as a whole."""

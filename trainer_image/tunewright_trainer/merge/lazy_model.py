@@ -74,14 +74,11 @@ class LazyWeights:
             for one, other in ((target, source), (source, target)):
                 if one not in self._found and other in self._found:
                     self._found[one] = self._found[other]
+        buffers = dict(model.named_buffers())
+        self.lacking = [name for name in self._state if name not in self._found and name not in buffers]
+        """Names of the parameters that nothing in the files makes."""
         self.transforms: dict[str, Transform] = {}
         """By the parameters that they are for."""
-
-    @property
-    def lacking(self) -> list[str]:
-        """Names of the parameters that nothing in the files makes."""
-        buffers = dict(self._model.named_buffers())
-        return [name for name in self._state if name not in self._found and name not in buffers]
 
     def __contains__(self, name: str) -> bool:
         """Tell whether the files have what makes this parameter."""

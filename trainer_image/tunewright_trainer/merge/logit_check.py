@@ -172,7 +172,9 @@ class Comparison:
         if self._step > torch.finfo(torch.float32).eps:
             rounded = run(self._rounded_model, ids_BT)
         base = build_empty(self._kind, self._reference_config())
-        attach(base, self._base_weights(base, self._adapted_model))
+        weights = LazyWeights(base, self._base.checkpoint, may_lack=True)
+        self._dequantize(weights, self._adapted_model)
+        attach(base, weights)
         return Logits(adapted, rounded, run(base, ids_BT), run(self._merged_model[0], ids_BT))
 
     @cached_property
@@ -185,8 +187,10 @@ class Comparison:
     @cached_property
     def _adapted_model(self) -> PeftModel:
         model = build_empty(self._kind, self._reference_config())
+        # What the adapter brings itself, such as a head, its base may lack.
+        weights = LazyWeights(model, self._base.checkpoint, may_lack=True)
         adapted, tensors = with_adapter(model, self._task.adapter)
-        weights = self._base_weights(model, adapted)
+        self._dequantize(weights, adapted)
         attach(adapted, weights, tensors)
         brought = {own_name(name) for name in tensors}
         if lacking := [name for name in weights.lacking if name not in brought]:
@@ -207,13 +211,11 @@ class Comparison:
             config.id2label, config.label2id = self._config.id2label, self._config.label2id
         return config
 
-    def _base_weights(self, model: PreTrainedModel, adapted: PeftModel) -> LazyWeights:
-        """Return the weights that the adapter was trained on; what it brings itself is zero."""
-        weights = LazyWeights(model, self._base.checkpoint, may_lack=True)
+    def _dequantize(self, weights: LazyWeights, adapted: PeftModel) -> None:
+        """Let the weights that the adapter acts on be what they were when it was trained, if that is asked for."""
         if self._task.dequantized is not None:
             there_and_back = partial(quantized_and_back, quantization=self._task.dequantized)
             weights.transforms = {name: there_and_back for name in quantizable(adapted) if name in weights}
-        return weights
 
     def _culprits(self) -> str:
         """Say which weights differ from those that peft's merge makes."""
@@ -343,4 +345,5 @@ def _mean_kl(wanted: torch.Tensor, got: torch.Tensor) -> float:
         kl_div(log_softmax(g, -1), log_softmax(w, -1), log_target=True, reduction="none").sum(-1).mean()
         for w, g in zip(wanted, got, strict=True)
     ]
-    return torch.stack(sums).mean().item()
+    # Of equal probabilities it is 0, give or take the last bits.
+    return max(0.0, torch.stack(sums).mean().item())
