@@ -21,7 +21,8 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)]+)\)")
 _COMMAND = re.compile(
-    r"(?:^|[`$&] *)(?:kubectl )?(tunewright (?:validate|plan|convert|run|watch|get-adapter|chat)[^`\n#&]*)", re.MULTILINE
+    r"(?:^|[`$&] *)(?:kubectl )?(tunewright (?:validate|plan|convert|run|watch|get-adapter|chat)[^`\n#&]*)",
+    re.MULTILINE,
 )
 
 
