@@ -164,7 +164,7 @@ def test_a_failed_finetunejob_ends_the_merge(api: Api, operator: Operator) -> No
 
 
 def test_two_of_one_name(api: Api, operator: Operator) -> None:
-    """A FineTuneJob and an AdapterMerge of the same name run side by side, and what happens to one is not the other's."""
+    """A FineTuneJob and an AdapterMerge of the same name run side by side, and neither has to do with the other."""
     api.create(finetunejob("bot"))
     api.create(adaptermerge("bot"))
     api.end_pod(api.merges.pod("bot"), 20)
