@@ -72,8 +72,11 @@ class PublishedOutput(_Document):
     digest: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")] = Field(description="SHA-256 of the manifest.")
     size_bytes: int = Field(ge=0, description="Size of all files together.")
     hub_url: ShortText | None = Field(default=None, description="The pushed commit on the Hub, with output.hub.")
+    merged_uri: ShortText | None = Field(
+        default=None, description="Folder of the merged model beside the adapter, with output.merge."
+    )
     gguf_uris: Annotated[list[ShortText], Field(max_length=16)] | None = Field(
-        default=None, description="GGUF files of the result, with export.gguf."
+        default=None, description="GGUF files of the result."
     )
 
 
@@ -169,14 +172,19 @@ class RunReport(_Document):
     verification: MergeVerification | None = None
 
     def to_json(self) -> str:
-        """Return the document in at most `MAX_REPORT_BYTES` bytes; first the plan gives way, then further metrics,
-        then the message."""
+        """Return the document in at most `MAX_REPORT_BYTES` bytes; first the plan gives way, then further metrics, notes
+        and addresses, then the message."""
         report = self
         if _excess_bytes(report) > 0:
             report = report.model_copy(update={"plan": None})
         if _excess_bytes(report) > 0 and report.evaluation is not None:
             bare = report.evaluation.model_copy(update={"base_metrics": None, "tuned_metrics": None})
             report = report.model_copy(update={"evaluation": bare})
+        if _excess_bytes(report) > 0 and report.verification is not None:
+            bare_verification = report.verification.model_copy(update={"notes": None, "vllm": None})
+            report = report.model_copy(update={"verification": bare_verification})
+        if _excess_bytes(report) > 0 and report.merge is not None:
+            report = report.model_copy(update={"merge": report.merge.model_copy(update={"adapters": None})})
         excess = _excess_bytes(report)
         if excess > 0:
             # Every character takes at least one byte, so cutting as many as there are bytes too many is enough.

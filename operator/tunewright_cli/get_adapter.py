@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -102,16 +104,27 @@ def _download(manifest_uri: str, manifest: Manifest, target: Path, storage: Stor
     from tunewright_trainer.artifact import download_artifact
 
     wanted = set(_files_below_root(manifest))
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
-        total = sum(file.bytes for file in manifest.files if file.path in wanted)
-        task = progress.add_task("Fetching", total=total)
-        try:
-            fetched = download_artifact(manifest_uri, target, storage, lambda size: progress.advance(task, size))
-        except OSError as error:
-            raise TrainerFailure(f"{error.filename or target}: {error.strerror}", 1) from None
+    total = sum(file.bytes for file in manifest.files if file.path in wanted)
+    with fetching(total, target, quiet=quiet) as advance:
+        fetched = download_artifact(manifest_uri, target, storage, advance)
     if fetched != manifest:
         raise TrainerFailure(f"{manifest_uri} was replaced during the download: fetch it again", 1)
+
+
+@contextmanager
+def fetching(total_bytes: int, target: Path, *, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """Show the progress of a download; what is given is told the bytes.
+
+    Raises:
+        TrainerFailure: The files cannot be written.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
+        task = progress.add_task("Fetching", total=total_bytes)
+        try:
+            yield lambda size: progress.advance(task, size)
+        except OSError as error:
+            raise TrainerFailure(f"{error.filename or target}: {error.strerror}", 1) from None
 
 
 def _print(manifest: Manifest, manifest_uri: str, digest: str, target: Path, *, as_json: bool) -> None:

@@ -30,6 +30,14 @@ class PlanOutput(enum.StrEnum):
     YAML = "yaml"
 
 
+class Device(enum.StrEnum):
+    """Where a model answers."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
 class _Commands(TyperGroup):
     """Ends a failed command with one line on stderr and the exit code of its error."""
 
@@ -47,7 +55,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: drawing frames costs half a second of imports
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="LLM fine-tuning on Kubernetes: check, plan, run, watch and fetch FineTuneJobs.",
+    help="LLM fine-tuning on Kubernetes: check, plan, run, watch and fetch FineTuneJobs, talk to results.",
 )
 
 Files = Annotated[
@@ -118,10 +126,20 @@ def convert(
     command.run(config, name, output)
 
 
-@app.command(short_help="Train on this machine, without Kubernetes.")
+@app.command(short_help="Train or merge on this machine, without Kubernetes.")
 def run(
-    filename: OneFile,
-    name: JobName = None,
+    filename: Annotated[
+        str,
+        typer.Option(
+            "--filename",
+            "-f",
+            metavar="FILE",
+            help="YAML or JSON file with a FineTuneJob or AdapterMerge, or - for stdin.",
+        ),
+    ],
+    name: Annotated[
+        str | None, typer.Option("--name", help="Which one of the file, where it holds several: NAME or KIND/NAME.")
+    ] = None,
     work: Annotated[
         Path | None, typer.Option(help="Folder for model, data and results while running. Default: a temporary one.")
     ] = None,
@@ -129,7 +147,7 @@ def run(
     region: Region = None,
     output: Output = Output.TEXT,
 ) -> None:
-    """Train on this machine, without Kubernetes; model, data and output may be local paths.
+    """Train or merge on this machine, without Kubernetes; models, adapters, data and output may be local paths.
 
     S3 credentials come from the AWS_* variables. The exit code is the run's own.
     """
@@ -187,6 +205,50 @@ def get_adapter(
         endpoint=endpoint,
         region=region,
         as_json=output is Output.JSON,
+    )
+
+
+@app.command(short_help="Talk to a model, an adapter or a merged model.")
+def chat(
+    uri: Annotated[
+        str,
+        typer.Argument(
+            metavar="URI",
+            help="hf://ORGANISATION/NAME, an s3:// URI or a path: a model, an adapter, or whatever get-adapter takes.",
+        ),
+    ],
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="Answer this and end; several are answered one by one. Default: the lines of stdin."),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt, for models with a chat template.")] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="URI", help="Base model of an adapter. Default: the one it was trained on.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of hf:// models.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 takes the most likely token every time; above, tokens are drawn.")
+    ] = 0.0,
+    device: Annotated[Device, typer.Option(help="auto is the GPU where there is one.")] = Device.AUTO,
+    endpoint: Endpoint = None,
+    region: Region = None,
+) -> None:
+    """Talk to a model, an adapter on its base, or a merged model, on this machine.
+
+    The chat template is applied where there is one, else the text is continued. Answers go to stdout, all else to
+    stderr. S3 credentials come from the AWS_* variables, the Hub's token from HF_TOKEN.
+    """
+    from tunewright_cli import chat as command
+
+    command.run(
+        uri,
+        prompt or [],
+        command.Settings(system=system, max_tokens=max_tokens, temperature=temperature, device=device.value),
+        base=base,
+        revision=revision,
+        endpoint=endpoint,
+        region=region,
     )
 
 

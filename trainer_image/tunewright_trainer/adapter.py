@@ -73,19 +73,34 @@ def with_loaded_adapter(
     Raises:
         InvalidAdapter: The adapter is not one of this model.
     """
+    options = {"is_trainable": True, "low_cpu_mem_usage": is_empty}
+    adapted = load_adapter(model, folder, "the adapter of model.continueFrom", model.name_or_path, **options)
+    config = adapted.peft_config["default"]
+    config.base_model_name_or_path, config.revision = model.name_or_path, revision
+    return adapted
+
+
+def load_adapter(model: PreTrainedModel, folder: Path, name: str, base: str | None, **options: bool) -> PeftModel:
+    """Return the model with a saved adapter.
+
+    Args:
+        model: The base model.
+        folder: Files of the adapter.
+        name: What messages call the adapter.
+        base: What they call the model.
+        options: Of `PeftModel.from_pretrained`.
+
+    Raises:
+        InvalidAdapter: The adapter is not one of this model.
+    """
     try:
         with warnings.catch_warnings():
             # peft draws weights that the file lacks at random: then the file is another model's.
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            adapted = PeftModel.from_pretrained(model, folder, is_trainable=True, low_cpu_mem_usage=is_empty)
+            return PeftModel.from_pretrained(model, folder, **options)
     except (ValueError, RuntimeError, KeyError, UserWarning) as error:
         reason = " ".join(str(error).split())[:400]
-        raise InvalidAdapter(
-            f"the adapter of model.continueFrom does not fit {model.name_or_path}: {reason}"
-        ) from error
-    config = adapted.peft_config["default"]
-    config.base_model_name_or_path, config.revision = model.name_or_path, revision
-    return adapted
+        raise InvalidAdapter(f"{name} does not fit {base}: {reason}") from error
 
 
 def lora_config(

@@ -189,6 +189,32 @@ def download(
         watcher.join()
 
 
+def download_to_cache(
+    snapshot: HubSnapshot,
+    names: Sequence[str],
+    settings: HubSettings,
+    stop: Stop,
+    *,
+    retry_seconds: float = RETRY_SECONDS,
+) -> Path:
+    """Fetch files of a commit into the hub client's own cache, where they stay, and return their folder; raises as
+    `resolve` does."""
+    subject = _subject(snapshot.kind, snapshot.repository, snapshot.commit)
+    connect(settings)
+
+    def call() -> Path:
+        folder = snapshot_download(
+            snapshot.repository,
+            repo_type=snapshot.kind,
+            revision=snapshot.commit,
+            allow_patterns=list(names),
+            endpoint=settings.endpoint,
+        )
+        return Path(folder)
+
+    return retried(subject, settings, stop, call, retry_seconds=retry_seconds)
+
+
 def _report_growth(folder: Path, advance: Advance, ended: threading.Event) -> None:
     """Report bytes as they land on disk: the hub client has no callback for them."""
     known = 0

@@ -157,11 +157,18 @@ def fetch_model(run: TrainRun, model: ModelInput, storage: Storage, folder: Path
     Raises:
         InvalidModel: A file is damaged.
     """
+    return fetch_model_files(model, run.hub, storage, folder, stop, advance)
+
+
+def fetch_model_files(
+    model: ModelInput, settings: HubSettings, storage: Storage, folder: Path, stop: Stop, advance: Advance
+) -> Path:
+    """Bring a model to this machine; see `fetch_model`."""
     path = folder
     if model.hub is not None:
         from tunewright_trainer import hub
 
-        hub.download(model.hub, [file.name for file in model.files], folder, run.hub, stop, advance)
+        hub.download(model.hub, [file.name for file in model.files], folder, settings, stop, advance)
     else:
         mounted = storage.local_path(model.uri)
         if mounted is None:

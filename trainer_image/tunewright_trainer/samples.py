@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tunewright_trainer.generation import generation_config
 from tunewright_trainer.preference_rows import PreferenceTokenizer
 from tunewright_trainer.rows import Row, RowTokenizer, read_rows
 
@@ -87,12 +88,8 @@ def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts:
         generated_BT = model.generate(  # type: ignore[operator]  # PreTrainedModel does not declare its mixin's methods
             input_ids=ids_BT.to(model.device),
             attention_mask=mask_BT.to(model.device),
-            generation_config=GenerationConfig(
-                max_new_tokens=ANSWER_TOKENS,
-                max_time=MAX_SECONDS,
-                do_sample=False,
-                eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
+            generation_config=generation_config(
+                model, tokenizer, max_new_tokens=ANSWER_TOKENS, max_seconds=MAX_SECONDS
             ),
         )
     texts: list[str] = tokenizer.batch_decode(generated_BT[:, longest:], skip_special_tokens=True)

@@ -1,4 +1,5 @@
-"""The worker, or the launcher of several, as a process: start, watch, end, and what its death means."""
+"""A process that does the work (a worker, the launcher of several, a step of a merge): start, watch, end, and what its
+death means."""
 
 from __future__ import annotations
 
@@ -28,20 +29,29 @@ _LIBC = ctypes.CDLL(None)
 class WorkerProcess:
     """A started worker. Its output goes to the log line by line."""
 
-    def __init__(self, command: Sequence[str], work: Path, environment: Mapping[str, str], log: RunLog) -> None:
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], log: RunLog, *, reads_storage: bool = False
+    ) -> None:
         """Start the worker.
 
         It gets no credentials: everything it needs is on disk. It is the leader of a session, so that its own
         children end with it, and it is killed by the kernel when the supervisor dies.
+
+        Args:
+            command: Program and arguments.
+            environment: Of the process, less credentials.
+            log: Takes what it prints.
+            reads_storage: It reads from S3 itself, and gets the credentials for that.
         """
+        credentials = {name: value for name, value in environment.items() if name.startswith("AWS_") and reads_storage}
         self._log = log
         self._stopped = False
         self._process = subprocess.Popen(
-            [*command, "--work", str(work)],
+            command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=without_credentials(environment) | {"PYTHONUNBUFFERED": "1"},
+            env=without_credentials(environment) | credentials | {"PYTHONUNBUFFERED": "1"},
             start_new_session=True,
             preexec_fn=die_with_parent,
         )
@@ -96,7 +106,14 @@ def die_with_parent() -> None:
 
 
 def death_of(
-    code: int, last_line: str, *, oom_kills: int, memory_limit: int | None, lost_peer: bool = False
+    code: int,
+    last_line: str,
+    *,
+    oom_kills: int,
+    memory_limit: int | None,
+    lost_peer: bool = False,
+    process: str = "training process",
+    saving: str = "lower batchSize or maxSequenceLength",
 ) -> TrainerError:
     """Say what it means that the worker ended without a result and without an error event.
 
@@ -106,17 +123,19 @@ def death_of(
         oom_kills: Processes that the kernel killed in this container for memory since the worker started.
         memory_limit: The container's memory limit in bytes, if it has one.
         lost_peer: It wrote that it waited for another process in vain.
+        process: What messages call it.
+        saving: What the user can do for it to need less memory.
     """
     code = 128 - code if code > 128 else code
     limit = f" of {memory_limit / 2**30:.1f} GiB" if memory_limit else ""
     if code == -signal.SIGKILL:
         if oom_kills:
             return Killed(
-                f"the training process went over the container's memory limit{limit} and was killed: raise "
-                "resources.memory, or lower batchSize or maxSequenceLength"
+                f"the {process} went over the container's memory limit{limit} and was killed: raise "
+                f"resources.memory, or {saving}"
             )
         return Killed(
-            "the training process was killed (SIGKILL), most likely because the node or the container ran out of "
+            f"the {process} was killed (SIGKILL), most likely because the node or the container ran out of "
             f"memory{f' (limit{limit})' if limit else ''}: raise resources.memory"
         )
     said = f"; its last line: {last_line[:400]}" if last_line else ""
@@ -126,10 +145,10 @@ def death_of(
             f"ended; where none failed, see the log for NCCL's reason{said}"
         )
     if code < 0:
-        return InternalError(f"the training process crashed with {signal.Signals(-code).name}{said}")
+        return InternalError(f"the {process} crashed with {signal.Signals(-code).name}{said}")
     if code == 0:
-        return InternalError(f"the training process ended without a result{said}")
-    return InternalError(f"the training process failed with exit code {code}{said}")
+        return InternalError(f"the {process} ended without a result{said}")
+    return InternalError(f"the {process} failed with exit code {code}{said}")
 
 
 def is_lost_peer(log: Path) -> bool:

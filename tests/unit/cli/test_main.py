@@ -31,7 +31,7 @@ def test_it_is_a_kubectl_plugin_too() -> None:
 def test_every_command_has_help(run: Run) -> None:
     """One line in the overview, and its options."""
     overview = run("--help").stdout
-    for command in ("validate", "plan", "convert", "run", "watch", "get-adapter"):
+    for command in ("validate", "plan", "convert", "run", "watch", "get-adapter", "chat"):
         assert command in overview
         assert run(command, "--help").exit_code == 0
 

@@ -28,7 +28,7 @@ def listen(folder: Path, script: str, *, expects_result: bool = True) -> tuple[L
     """Listen to a script until it has ended; what its end means is raised."""
     heard: list[Event] = []
     with RunLog(folder / "logs/log", Redactor({}), echo=False) as log:
-        worker = WorkerProcess([sys.executable, "-c", WORKER + script], folder, {}, log)
+        worker = WorkerProcess([sys.executable, "-c", WORKER + script, "--work", str(folder)], {}, log)
         listener = Listener(worker, folder, log, [heard.append], expects_result=expects_result)
         try:
             while worker.exit_code() is None:
