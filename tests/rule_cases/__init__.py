@@ -8,6 +8,7 @@ from tests.rule_cases.case import Case
 from tests.rule_cases.methods import CONTINUE_RULES, METHOD_RULES
 from tests.rule_cases.rewards import GRPO_RULES, PPO_RULES
 from tests.rule_cases.schema import SCHEMA, UNKNOWN_FIELDS, URIS
+from tests.rule_cases.sharding import SHARDING_RULES
 from tests.rule_cases.updates import BEFORE, UPDATES, Update
 from tunewright_api.base import Rule, SpecModel
 
@@ -21,6 +22,7 @@ RULES = (
     *BLOCK_RULES,
     *EVALUATION_RULES,
     *POD_RULES,
+    *SHARDING_RULES,
 )
 """Rules written as CEL on the server and as predicates in Python; `part` is the start of the rule's message."""
 CASES = (*RULES, *URIS, *SCHEMA)

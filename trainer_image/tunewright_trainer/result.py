@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from tunewright_trainer.errors import VerificationFailed
 from tunewright_trainer.model import load_model
-from tunewright_trainer.sharding import digest_of, make_heads_whole, save_whole, whole_weights
+from tunewright_trainer.sharding import digest_of, make_heads_whole, own_weights, save_whole, whole_weights
 
 if TYPE_CHECKING:
     from tunewright_trainer.recipe import Setup
@@ -57,7 +57,13 @@ def write(setup: Setup, model: PreTrainedModel | PeftModel) -> None:
     if setup.trains_adapter:
         # The vocabulary is never resized; "auto" would ask the hub about the base model to find that out.
         # And of a DPO run that went on from an adapter only what it trained: not the reference, a copy of the start.
-        model.save_pretrained(setup.result_path, save_embedding_layers=False, selected_adapters=["default"])
+        model.save_pretrained(
+            setup.result_path,
+            save_embedding_layers=False,
+            selected_adapters=["default"],
+            # Without, peft would gather the base in every process, to leave it out then.
+            state_dict=own_weights(model) if setup.sharding is not None else None,
+        )
         (setup.result_path / "README.md").unlink()  # peft's unfilled form of a model card
     else:
         model.save_pretrained(setup.result_path)

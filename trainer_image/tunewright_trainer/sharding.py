@@ -74,6 +74,11 @@ def make_heads_whole(model: nn.Module) -> None:
                     setattr(part, name, nn.Parameter(weight.full_tensor().detach().clone(), weight.requires_grad))
 
 
+def own_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return what every process has all of: an adapter."""
+    return {name: weight for name, weight in model.state_dict().items() if not isinstance(weight, DTensor)}
+
+
 def whole_weights(model: nn.Module, dtype: torch.dtype, *, keep: bool) -> dict[str, torch.Tensor]:
     """Gather all weights of a model, one at a time, in main memory. All processes take part.
 
