@@ -83,7 +83,9 @@ def problem_of(name: str, value: Any) -> str | None:
     if name in _HANDLED:
         return f"{name} is set by tunewright itself: leave it out"
     if name in _COMPILATION and value is not False:
-        return f"{name} wants torch.compile, which needs a C compiler that the trainer's image does not have: leave it out"
+        return (
+            f"{name} wants torch.compile, which needs a C compiler that the trainer's image does not have: leave it out"
+        )
     if name not in TYPES:
         nearest = difflib.get_close_matches(name, [*allowed(), *OWN], n=1, cutoff=0.6)
         return f"{name} is not a scalar TrainingArguments field" + (f": did you mean {nearest[0]}?" if nearest else "")

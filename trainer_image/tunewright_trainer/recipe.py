@@ -27,7 +27,7 @@ from tunewright_trainer.preflight import check_model
 from tunewright_trainer.protocol import PlanEvent, ResultEvent, StageEvent, WorkerTask
 from tunewright_trainer.rows import TokenFile
 from tunewright_trainer.selection import Selection, is_last_step_evaluated
-from tunewright_trainer.sharding import local, sharded_over
+from tunewright_trainer.sharding import let_go, local, sharded_over
 from tunewright_trainer.world import ALONE, World
 
 _REPORTED_VERSIONS = (
@@ -363,6 +363,7 @@ def fit(setup: Setup, trainer: Trainer, report: Report) -> tuple[float, float]:
         trainer.remove_callback(selection)  # weights that are rounded below are no further candidate
     if not setup.trains_adapter:
         # Weights only, as they are saved: buffers such as rotary frequencies stay in float32 when a model is loaded.
+        let_go(cast("PreTrainedModel", trainer.model))
         for weight in cast("PreTrainedModel", trainer.model).parameters():
             if setup.sharding is None:
                 weight.data = weight.data.to(setup.result_dtype)

@@ -38,8 +38,11 @@ def save(setup: Setup, model: PreTrainedModel | PeftModel, *, has_head: bool = F
         write(setup, model)
         return
     writes = world.local_rank == 0
-    if setup.trains_adapter and writes:
-        write(setup, model)
+    if setup.trains_adapter:
+        # Without, peft would gather the base in every process, to leave it out then.
+        adapter = own_weights(model)
+        if writes:
+            write(setup, model, adapter)
     if not setup.trains_adapter:
         base = cast("PreTrainedModel", model)
         weights = whole_weights(base, setup.result_dtype, keep=writes)
@@ -51,8 +54,14 @@ def save(setup: Setup, model: PreTrainedModel | PeftModel, *, has_head: bool = F
         raise VerificationFailed("the pods of the run gathered different weights; nothing is published")
 
 
-def write(setup: Setup, model: PreTrainedModel | PeftModel) -> None:
-    """Write the adapter, or a model that this process holds all of, with the tokenizer."""
+def write(setup: Setup, model: PreTrainedModel | PeftModel, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Write the adapter, or a model that this process holds all of, with the tokenizer.
+
+    Args:
+        setup: Of the run.
+        model: What was trained.
+        weights: The adapter's; None: those that the model has.
+    """
     setup.result_path.mkdir(parents=True, exist_ok=True)
     if setup.trains_adapter:
         # The vocabulary is never resized; "auto" would ask the hub about the base model to find that out.
@@ -61,8 +70,7 @@ def write(setup: Setup, model: PreTrainedModel | PeftModel) -> None:
             setup.result_path,
             save_embedding_layers=False,
             selected_adapters=["default"],
-            # Without, peft would gather the base in every process, to leave it out then.
-            state_dict=own_weights(model) if setup.sharding is not None else None,
+            state_dict=weights,
         )
         (setup.result_path / "README.md").unlink()  # peft's unfilled form of a model card
     else:

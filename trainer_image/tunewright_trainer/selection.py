@@ -22,7 +22,7 @@ from tunewright_api.v1alpha1.parts import Metric
 from tunewright_trainer.callback import Report, further
 from tunewright_trainer.errors import DiskFull
 from tunewright_trainer.protocol import BestEvent, EarlyStopEvent
-from tunewright_trainer.sharding import is_sharded, local
+from tunewright_trainer.sharding import is_sharded, let_go, local
 
 _KEYS: dict[Metric, str] = {"Loss": "eval_loss", "Accuracy": "eval_accuracy", "F1": "eval_f1"}
 
@@ -137,6 +137,7 @@ def is_last_step_evaluated(trainer: Trainer) -> bool:
 
 def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the weights that training changes, by name; shared ones once, of sharded ones this process's share."""
+    let_go(model)
     return {name: local(weight.detach()) for name, weight in model.named_parameters() if weight.requires_grad}
 
 

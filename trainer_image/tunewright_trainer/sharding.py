@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
@@ -55,6 +56,16 @@ def sharded_over(processes: int, empty: PreTrainedModel) -> DistributedConfig:
     return DistributedConfig(fsdp_size=processes, fsdp_plan=plan)
 
 
+def let_go(model: nn.Module) -> None:
+    """Give up what was gathered for the last use of the model and kept for the next, so that its parameters are shares.
+
+    All processes have to: one that has kept a layer would not take part when the others gather it.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def local(weight: torch.Tensor) -> torch.Tensor:
     """Return this process's share of a weight, in the same memory; all of it where it is not sharded."""
     return weight.to_local() if isinstance(weight, DTensor) else weight
@@ -75,7 +86,7 @@ def make_heads_whole(model: nn.Module) -> None:
 
 
 def own_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return what every process has all of: an adapter."""
+    """Return what every process has all of: an adapter. All processes call it, because it lets go like `let_go`."""
     return {name: weight for name, weight in model.state_dict().items() if not isinstance(weight, DTensor)}
 
 
