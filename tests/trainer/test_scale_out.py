@@ -66,11 +66,30 @@ GRPO = {
 """Each process answers the same prompt 8 times a step; an answer is rewarded by 0 or 1."""
 
 
-def scaled(make_task: MakeTask, processes: int, case: dict[str, Any]) -> Any:
+FSDP: dict[str, dict[str, Any]] = {
+    "full": {"method": {"type": "Full"}, "validation": VALIDATION, "hyperparameters": {"gradientCheckpointing": True}},
+    "lora": {
+        "method": LORA,
+        "validation": VALIDATION,
+        "evaluation": {"strategy": "Steps", "steps": 1, "loadBest": True},
+        "hyperparameters": {"gradientCheckpointing": True},
+    },
+    "ia3": {"method": {"type": "IA3"}},
+    "dpo": CASES["dpo"],
+    "dpofull": {**CASES["dpo"], "method": {"type": "Full"}},
+    "kto": CASES["kto"],
+    "reward": CASES["reward"],
+    "classification": CASES["classification"],
+    "packing": CASES["packing"],
+}
+
+
+def scaled(make_task: MakeTask, processes: int, case: dict[str, Any], parallelism: str = "DDP") -> Any:
     """Return a task for so many processes; one process takes their batches one after the other instead."""
     given = {**STEPS, "gradientAccumulationSteps": 2 // processes, **case.get("hyperparameters", {})}
     task = make_task(**{**case, "hyperparameters": given})
-    return task.model_copy(update={"run": task.run.model_copy(update={"processes": processes})})
+    scale = {"processes": processes, "parallelism": parallelism}
+    return task.model_copy(update={"run": task.run.model_copy(update=scale)})
 
 
 def alone(tiny: Path, folder: Path, case: dict[str, Any]) -> Events:

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from tunewright_api.run_config import TrainRun
 from tunewright_api.v1alpha1.method import Quantization
@@ -65,6 +66,7 @@ def load_model(
     weights: torch.dtype,
     device: int | str,
     outputs: Sequence[str] | None = None,
+    sharding: DistributedConfig | None = None,
 ) -> PreTrainedModel:
     """Load a model to the device that trains, quantized where the run says so and the files are not.
 
@@ -76,6 +78,7 @@ def load_model(
         device: Number of the GPU, or "cpu".
         outputs: Names of the numbers that a head on the last token gives (labels, or one reward); None: the next token.
             A head that the files do not have is drawn at random.
+        sharding: How the processes of the run hold it together, each reading its share; None: all of it.
 
     Raises:
         InvalidModel: The files are missing, damaged, or of an architecture that is not known.
@@ -96,7 +99,7 @@ def load_model(
             dtype=weights,
             attn_implementation=_ATTENTION[run.model.attention],
             quantization_config=quantization_config(quantization, precision) if quantization else None,
-            device_map={"": device},
+            **({"device_map": {"": device}} if sharding is None else {"distributed_config": sharding}),
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,

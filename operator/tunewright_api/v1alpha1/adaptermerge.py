@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
 from tunewright_api.base import AdapterUri, Duration, ModelUri, Quantity, Rule, SpecModel
-from tunewright_api.v1alpha1.finetunejob import MAX_NAME_LENGTH, HubOutput, Metadata, Output, Retry, immutable
+from tunewright_api.v1alpha1.finetunejob import NAME_RULES, HubOutput, Metadata, Output, Retry, immutable
 from tunewright_api.v1alpha1.parts import ArtifactRef, DType, HubRef, StorageRef
 from tunewright_api.v1alpha1.pod import Pod
 
@@ -188,7 +187,9 @@ class AdapterMergeSpec(SpecModel):
 
     suspend: bool = Field(default=False, description="True removes the pod; false again starts a new attempt. Mutable.")
     base: MergeBase | None = Field(
-        default=None, description="The base model. Default: the one that the first adapter was trained on."
+        default=None,
+        description="The base model. Default: the one that the first adapter was trained on. One on a volume must be "
+        "named: only volumes that the spec names are mounted.",
     )
     adapters: list[AdapterSource] = Field(
         min_length=1, max_length=16, description="The adapters; several are combined into one first."
@@ -259,18 +260,7 @@ class AdapterMerge(SpecModel):
     spec: AdapterMergeSpec
     status: dict[str, Any] | None = None
 
-    RULES: ClassVar[tuple[Rule, ...]] = (
-        Rule(
-            f"size(self.metadata.name) <= {MAX_NAME_LENGTH}",
-            f"metadata.name may have at most {MAX_NAME_LENGTH} characters: Jobs and pods are named after it",
-            lambda m: len(m.metadata.name) <= MAX_NAME_LENGTH,
-        ),
-        Rule(
-            "self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",
-            "metadata.name may have only lower-case letters, digits and '-': Jobs and pods are named after it",
-            lambda m: re.search(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", m.metadata.name) is not None,
-        ),
-    )
+    RULES: ClassVar[tuple[Rule, ...]] = NAME_RULES
 
 
 def bytes_of(shard_size: str) -> int:

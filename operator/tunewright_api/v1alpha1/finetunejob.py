@@ -17,6 +17,7 @@ from tunewright_api.v1alpha1.tracking import Tracking
 
 KIND = "FineTuneJob"
 PLURAL = "finetunejobs"
+Parallelism = Literal["Auto", "DDP", "FSDP"]
 MAX_NAME_LENGTH = 45
 """`<name>-preflight-99` plus a pod suffix of up to five characters must fit the 63 of a host name."""
 
@@ -73,6 +74,11 @@ class Resources(SpecModel):
     gpus: int = Field(
         default=1, ge=0, le=16, description="GPUs of each pod, one training process on each; 0 trains on the CPU."
     )
+    parallelism: Parallelism = Field(
+        default="DDP",
+        description="How several processes hold the model. DDP: each one all of it. FSDP: each one its share of the "
+        "weights, their gradients and optimizer states. Auto: FSDP where the model does not fit one GPU, else DDP.",
+    )
     gpu_resource: Annotated[str, Field(pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$", max_length=253)] = Field(
         default="nvidia.com/gpu", description="Name of the GPU resource on the nodes."
     )
@@ -83,6 +89,16 @@ class Resources(SpecModel):
     )
     shared_memory: Quantity | None = Field(
         default=None, description="Size of /dev/shm; counts as memory. Default: the platform's."
+    )
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "!has(self.parallelism) || self.parallelism != 'FSDP' || (has(self.gpus) && self.gpus > 1) || "
+            "(has(self.nodes) && self.nodes > 1)",
+            "resources.parallelism FSDP spreads a model over several processes: set resources.gpus or "
+            "resources.nodes to 2 or more, or remove it",
+            lambda r: r.parallelism != "FSDP" or r.nodes * r.processes > 1,
+        ),
     )
 
     @property
@@ -184,6 +200,21 @@ class Metadata(SpecModel):
     deletion_timestamp: str | None = None
 
 
+NAME_RULES: tuple[Rule, ...] = (
+    Rule(
+        f"size(self.metadata.name) <= {MAX_NAME_LENGTH}",
+        f"metadata.name may have at most {MAX_NAME_LENGTH} characters: Jobs and pods are named after it",
+        lambda o: len(o.metadata.name) <= MAX_NAME_LENGTH,
+    ),
+    Rule(
+        "self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",
+        "metadata.name may have only lower-case letters, digits and '-': Jobs and pods are named after it",
+        lambda o: re.search(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", o.metadata.name) is not None,
+    ),
+)
+"""Of either kind."""
+
+
 class FineTuneJob(SpecModel):
     """A FineTuneJob as a user writes it (status and server-side metadata are not looked at)."""
 
@@ -194,15 +225,4 @@ class FineTuneJob(SpecModel):
     spec: FineTuneJobSpec
     status: dict[str, Any] | None = None
 
-    RULES: ClassVar[tuple[Rule, ...]] = (
-        Rule(
-            f"size(self.metadata.name) <= {MAX_NAME_LENGTH}",
-            f"metadata.name may have at most {MAX_NAME_LENGTH} characters: Jobs and pods are named after it",
-            lambda j: len(j.metadata.name) <= MAX_NAME_LENGTH,
-        ),
-        Rule(
-            "self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",
-            "metadata.name may have only lower-case letters, digits and '-': Jobs and pods are named after it",
-            lambda j: re.search(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", j.metadata.name) is not None,
-        ),
-    )
+    RULES: ClassVar[tuple[Rule, ...]] = NAME_RULES

@@ -65,12 +65,14 @@ from tunewright_trainer.storage import Storage
 COMPARED_POSITIONS = 16
 """At the end of each prompt; the tokens before have their part in what comes out there."""
 FLOAT32_STEPS = 256
-"""Largest difference of two ways to compute the same in float32, in rounding steps at the size of the largest logit."""
-ROUNDING_SHARE = 0.25
+"""Largest difference of two ways to compute the same in float32, in rounding steps at the size of the largest logit.
+SmolLM2's 30 layers show 17 to 26."""
+ROUNDING_SHARE = 0.05
 """Largest difference between the merged model and peft's own rounded merge, as a share of what the rounding itself
-makes."""
+makes. SmolLM2 shows 0.0006 to 0.006."""
 ROUNDING_STEPS = 8
-"""Largest difference that rounding the weights to 16 bits makes, in rounding steps at the size of the largest logit."""
+"""Largest difference that rounding the weights to 16 bits makes, in rounding steps at the size of the largest logit.
+SmolLM2 shows 0.4 to 1.8."""
 _SAME_WEIGHT = 3e-4
 """Norm of the difference of two roundings of the same weight, relative to the weight, that is still no difference."""
 _CLEAR = 0.3
@@ -279,7 +281,7 @@ def fault_of(logits: Logits, found: Differences) -> str | None:
     if not found.deviation <= found.allowed_deviation:
         return (
             "the merged model does not give the logits of base and adapter: the largest difference from their merge by "
-            f"peft is {found.deviation:.3g}, allowed {found.allowed_deviation:.3g}{_likely_cause(logits, found)}"
+            f"peft is {found.deviation:.3g}, allowed {found.allowed_deviation:.3g}{_likely_cause(logits)}"
         )
     if not found.max_divergence <= found.allowed_divergence:
         return (
@@ -306,11 +308,11 @@ def notes_of(found: Differences) -> list[str]:
     return []
 
 
-def _likely_cause(logits: Logits, found: Differences) -> str:
+def _likely_cause(logits: Logits) -> str:
     """Compare what the merged model adds to the base with what it should."""
-    if _distance(logits.merged, logits.base) <= found.allowed_deviation:
-        return "; it gives the logits of the base, as if the adapter had not been applied"
     wanted, got = (side - logits.base for side in (logits.rounded, logits.merged))
+    if got.norm() < _CLEAR * wanted.norm():
+        return "; it gives the logits of the base, as if the adapter had not been applied"
     share = ((wanted * got).sum() / wanted.square().sum()).item()
     rest = (got - share * wanted).norm() / got.norm()
     return f"; it shows {share:.2f} of the adapter's effect" if rest < _CLEAR else ""
