@@ -66,6 +66,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tiny: Path) -> Iterator[HubServer]:
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nonexistent")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with HubServer.start() as running:
+        running.part_bytes = 4_000_000
         running.tokens[TOKEN] = User("alice", ("org",))
         running.add("model", "org/base", {path.name: path.read_bytes() for path in tiny.iterdir()})
         yield running
@@ -116,6 +117,7 @@ def test_a_merge_is_published(inputs: Bucket, tmp_path: Path, tiny: Path) -> Non
     assert json.loads(report.to_json())["merge"]["adapters"][0]["uri"].endswith("/manifest.json")
 
 
+@pytest.mark.timeout(300)
 def test_several_adapters_from_and_to_the_hub(
     bucket: Bucket, storage: Storage, tiny: Path, tmp_path: Path, hub: HubServer
 ) -> None:
