@@ -78,7 +78,7 @@ def run(bucket: Bucket, settings: SupervisorSettings, **spec: Any) -> RunReport:
     return supervisor.run(merge_run(bucket.server.endpoint, **given), settings)
 
 
-def test_a_merge_is_published(inputs: Bucket, tmp_path: Path, tiny: Path) -> None:
+def test_a_merge_is_published(inputs: Bucket, storage: Storage, tmp_path: Path, tiny: Path) -> None:
     """The merged model lies in the run's folder with everything that was proved of it, and is base plus delta."""
     settings = merge_settings(tmp_path / "work", inputs, termination_log=tmp_path / "termination")
     report = run(inputs, settings, dtype="Float32")
@@ -115,6 +115,19 @@ def test_a_merge_is_published(inputs: Bucket, tmp_path: Path, tiny: Path) -> Non
     document = inputs.json(f"{own}/run.json")
     assert document["inputs"]["model"] == {"uri": BASE, "version": report.merge.base_version}
     assert json.loads(report.to_json())["merge"]["adapters"][0]["uri"].endswith("/manifest.json")
+    checked = CliRunner().invoke(app, ["verify", OUT, "--endpoint", inputs.server.endpoint])
+    assert checked.exit_code == 0, checked.output
+    assert "files     passed" in checked.output
+    assert "bit by bit: 6 tensors changed" in checked.output
+    other = write_adapter(tmp_path / "changed", BASE, seed=9)
+    publish_adapter(storage, ADAPTERS, other, BASE, key="ef" * 8)
+    assert CliRunner().invoke(app, ["verify", OUT, "--endpoint", inputs.server.endpoint]).exit_code == 0
+    inputs.client.upload_file(str(tmp_path / "merged.safetensors"), "tests", f"{own}/merged/config.json")
+    broken = CliRunner().invoke(app, ["verify", OUT, "--endpoint", inputs.server.endpoint, "--output", "json"])
+    assert broken.exit_code == 1
+    (check,) = json.loads(broken.stdout)["checks"]
+    assert (check["name"], check["passed"]) == ("files", False)
+    assert "merged/config.json has " in check["detail"]
 
 
 @pytest.mark.timeout(300)
