@@ -133,8 +133,7 @@ def _scale_problems(config: Mapping[str, Any], tensors: Iterable[str]) -> list[s
         return []
     return [
         f"rank_pattern or alpha_pattern give {len(others)} of {len(layers)} layers another scale than {own:g}, which "
-        f"most versions of vLLM apply to all of them without a word: {_MERGE}, or combine the adapter alone (type "
-        "Linear), which puts the scales into its factors"
+        f"most versions of vLLM apply to all of them without a word: {_MERGE}"
     ]
 
 
