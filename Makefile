@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help venv generate check unit operator-only binaries integration trainer images e2e test demo clean \
+.PHONY: help venv generate check unit operator-only binaries gguf-tools integration trainer images e2e test demo clean \
 	bench-controlplane bench-trainer bench-data
 
 help: ## List the targets
@@ -58,6 +58,9 @@ operator-only: .venv-operator/.installed ## Unit tests of operator and API where
 
 binaries: venv ## Build the binaries of the embedded cluster into the cache
 	$(BIN)/python -m tests.cluster build
+
+gguf-tools: venv ## Build llama.cpp's tools of the GGUF export into the cache
+	$(BIN)/python -m tests.cluster gguf-tools
 
 integration: venv ## The operator against a real API server
 	$(PYTEST) tests/integration

@@ -1,4 +1,4 @@
-"""The operator as in production, for integration tests and benchmarks: CRD, service account, permissions."""
+"""The operator as in production, for integration tests and benchmarks: CRDs, service account, permissions."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def rules(without: frozenset[tuple[str, str, str]] = frozenset()) -> list[dict[s
 
 
 def grant(cluster: Cluster, without: frozenset[tuple[str, str, str]] = frozenset()) -> None:
-    """Install the CRD, and the operator's service account with exactly the chart's permissions."""
+    """Install the CRDs, and the operator's service account with exactly the chart's permissions."""
     subject = {"kind": "ServiceAccount", "name": ACCOUNT, "namespace": NAMESPACE}
     role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "tunewright"}
     api = "rbac.authorization.k8s.io/v1"
     documents = [
-        yaml.safe_load((ROOT / "crds" / "finetunejobs.yaml").read_text()),
+        *(yaml.safe_load(path.read_text()) for path in sorted((ROOT / "crds").glob("*.yaml"))),
         {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}},
         {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": ACCOUNT, "namespace": NAMESPACE}},
         {"apiVersion": api, "kind": "ClusterRole", "metadata": {"name": "tunewright"}, "rules": rules(without)},
@@ -56,7 +56,8 @@ def grant(cluster: Cluster, without: frozenset[tuple[str, str, str]] = frozenset
         },
     ]
     kubectl(cluster, "apply", "--server-side", "--force-conflicts", "-f", "-", stdin=yaml.safe_dump_all(documents))
-    kubectl(cluster, "wait", "--for=condition=Established", "crd/finetunejobs.tunewright.dev", "--timeout=60s")
+    names = [f"crd/{plural}.tunewright.dev" for plural in ("finetunejobs", "adaptermerges")]
+    kubectl(cluster, "wait", "--for=condition=Established", *names, "--timeout=60s")
 
 
 def kubeconfig_of(cluster: Cluster, folder: Path, server: str | None = None) -> Path:

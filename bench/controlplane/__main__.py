@@ -44,10 +44,12 @@ from bench.controlplane.process import Operator
 from tests.cluster import Cluster, down, processes, up
 from tests.operator_process import grant, kubeconfig_of, kubectl
 from tunewright_operator import kube
+from tunewright_operator.kinds import FINETUNEJOB
 from tunewright_operator.kube import Kube
 from tunewright_operator.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
+FINETUNEJOBS = kube.workloads(FINETUNEJOB)
 RESULTS = Path(__file__).parent / "results.json"
 CLUSTER = f"bench-{os.getpid()}"
 WRITERS = 32
@@ -94,7 +96,7 @@ def note(resource: kube.Resource, raw: dict[str, Any], seen: Seen) -> None:
     """Note what an object shows for the first time."""
     now = time.monotonic()
     labels, status = raw["metadata"].get("labels", {}), raw.get("status", {})
-    if resource == kube.FINETUNEJOBS:
+    if resource == FINETUNEJOBS:
         if status.get("completionTime"):
             seen.terminal.setdefault(raw["metadata"]["name"], now)
         return
@@ -165,7 +167,7 @@ class Bench:
     async def submit(self, name: str) -> None:
         """Create a FineTuneJob and note when the request began."""
         self.seen.created[name] = time.monotonic()
-        await self.api.create(kube.FINETUNEJOBS, NAMESPACE, finetunejob(name))
+        await self.api.create(FINETUNEJOBS, NAMESPACE, finetunejob(name))
 
     async def singles(self, count: int) -> Row:
         """Create `count` FineTuneJobs one after the other, each when the one before has its Job."""
@@ -223,11 +225,11 @@ class Bench:
 
     async def ceiling(self) -> Row:
         """Write every status once more, with the operator stopped."""
-        everything = {o["metadata"]["name"]: o["status"] async for o in self.api.list(kube.FINETUNEJOBS, NAMESPACE)}
+        everything = {o["metadata"]["name"]: o["status"] async for o in self.api.list(FINETUNEJOBS, NAMESPACE)}
 
         async def write(name: str) -> None:
             changed = {**everything[name], "usage": {"gpuSeconds": 1, "lostGpuSeconds": 0}}
-            await self.api.patch_status(kube.FINETUNEJOBS, NAMESPACE, name, {"status": changed})
+            await self.api.patch_status(FINETUNEJOBS, NAMESPACE, name, {"status": changed})
 
         self.operator.signal(signal.SIGSTOP)
         began = time.monotonic()
@@ -276,7 +278,7 @@ async def measure(count: int, cluster: Cluster, folder: Path, *, with_pods: bool
     async with Kube(configuration, WRITERS) as api, asyncio.TaskGroup() as watching:
         operator, seen = Operator(kubeconfig_of(cluster, folder), folder / "operator.log"), Seen()
         await operator.start()
-        tasks = [watching.create_task(watch(api, r, seen)) for r in (kube.FINETUNEJOBS, kube.JOBS, kube.PODS)]
+        tasks = [watching.create_task(watch(api, r, seen)) for r in (FINETUNEJOBS, kube.JOBS, kube.PODS)]
         bench = Bench(names, cluster, api, operator, seen)
         await asyncio.sleep(1)
         row: Row = {"finetunejobs": count, "pods_meanwhile": with_pods, "rss_idle_mb": operator.rss_mb()}

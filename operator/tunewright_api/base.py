@@ -121,6 +121,11 @@ ArtifactUri = _uri_type(
     "manifest.json or its adapter",
 )
 
+AdapterUri = _uri_type(
+    rf"^(hf://{_HUB_NAME}/{_HUB_NAME}|(s3://{_BUCKET}|pvc://{_CLAIM}){_PATH}/?)$",
+    "the URI of an adapter: use s3://bucket/prefix, pvc://claim/path or hf://organisation/name",
+)
+
 
 def _matches(pattern: str, meaning: str, max_length: int) -> Any:
     """Return a string type held to `pattern` with a message that says what it stands for."""

@@ -1,23 +1,44 @@
-"""Generate the CRD from the models: `python -m tunewright_api.crd --write|--check`."""
+"""Generate the CRDs from the models: `python -m tunewright_api.crd --write|--check`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
 from tunewright_api import GROUP, VERSION
-from tunewright_api.v1alpha1.finetunejob import KIND, PLURAL, FineTuneJob, FineTuneJobSpec
-from tunewright_api.v1alpha1.status import FineTuneJobStatus
+from tunewright_api.v1alpha1 import adaptermerge, finetunejob
+from tunewright_api.v1alpha1.adaptermerge import AdapterMerge, AdapterMergeSpec
+from tunewright_api.v1alpha1.finetunejob import FineTuneJob, FineTuneJobSpec
+from tunewright_api.v1alpha1.status import AdapterMergeStatus, FineTuneJobStatus, RunStatus
 
-CRD_PATH = Path("crds/finetunejobs.yaml")
-CHART_PATH = Path("charts/tunewright/templates/crd-finetunejobs.yaml")
+CRD_FOLDER = Path("crds")
+CHART_FOLDER = Path("charts/tunewright/templates")
 
-# name, type, JSONPath, priority (1 = only with -o wide)
-COLUMNS = (
+Column = tuple[str, str, str, int]
+"""Name, type, JSONPath, priority (1 = only with -o wide)."""
+
+
+@dataclass(frozen=True)
+class CustomResource:
+    """What the definition of a custom resource is made of."""
+
+    kind: str
+    plural: str
+    short_name: str
+    description: str
+    spec_description: str
+    resource: type[FineTuneJob] | type[AdapterMerge]
+    spec: type[FineTuneJobSpec] | type[AdapterMergeSpec]
+    status: type[RunStatus]
+    columns: tuple[Column, ...]
+
+
+_FINETUNEJOB_COLUMNS: tuple[Column, ...] = (
     ("State", "string", ".status.phase", 0),
     ("Progress", "string", ".status.progress.percent", 0),
     ("Loss", "string", ".status.progress.loss", 0),
@@ -29,6 +50,38 @@ COLUMNS = (
     ("Reason", "string", ".status.failure.reason", 1),
     ("Age", "date", ".metadata.creationTimestamp", 0),
 )
+_ADAPTERMERGE_COLUMNS: tuple[Column, ...] = (
+    ("State", "string", ".status.phase", 0),
+    ("Progress", "string", ".status.progress.percent", 0),
+    ("Base", "string", ".status.plan.baseUri", 1),
+    ("Attempt", "integer", ".status.attempt", 1),
+    ("Output", "string", ".status.output.uri", 1),
+    ("Reason", "string", ".status.failure.reason", 1),
+    ("Age", "date", ".metadata.creationTimestamp", 0),
+)
+FINETUNEJOB = CustomResource(
+    finetunejob.KIND,
+    finetunejob.PLURAL,
+    "ftj",
+    "A fine-tuning run.",
+    "What to train and where to put it.",
+    FineTuneJob,
+    FineTuneJobSpec,
+    FineTuneJobStatus,
+    _FINETUNEJOB_COLUMNS,
+)
+ADAPTERMERGE = CustomResource(
+    adaptermerge.KIND,
+    adaptermerge.PLURAL,
+    "am",
+    "A merge of adapters into their base model.",
+    "Which adapters to merge into what, and where to put it.",
+    AdapterMerge,
+    AdapterMergeSpec,
+    AdapterMergeStatus,
+    _ADAPTERMERGE_COLUMNS,
+)
+CUSTOM_RESOURCES = (FINETUNEJOB, ADAPTERMERGE)
 
 _KEPT = (
     "type", "format", "description", "enum", "default", "pattern", "minimum", "maximum", "minLength", "maxLength",
@@ -101,53 +154,21 @@ def _drop_defaults(schema: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def finetunejob_crd() -> dict[str, Any]:
-    """Return the CustomResourceDefinition of FineTuneJob."""
-    spec = _schema_of(FineTuneJobSpec, "What to train and where to put it.")
-    spec["x-kubernetes-validations"] = [
-        *spec.get("x-kubernetes-validations", []),
-        *FineTuneJobSpec.transition_rules(),
-    ]
-    status = _drop_defaults(_schema_of(FineTuneJobStatus, "What the operator observed."))
-    status["required"] = []
-    conditions = status["properties"]["conditions"]
-    conditions["x-kubernetes-list-type"] = "map"
-    conditions["x-kubernetes-list-map-keys"] = ["type"]
-    for part in status["properties"].values():
-        if part["type"] == "object":
-            # Written whole by one writer: nobody needs to know who owns which field of it, and on every write the API
-            # server would work it out.
-            part["x-kubernetes-map-type"] = "atomic"
-    schema = {
-        "type": "object",
-        "description": "A fine-tuning run.",
-        "required": ["spec"],
-        "properties": {
-            "apiVersion": {"type": "string"},
-            "kind": {"type": "string"},
-            "metadata": {"type": "object"},
-            "spec": spec,
-            "status": {k: v for k, v in status.items() if v != []},
-        },
-        "x-kubernetes-validations": [{"rule": r.cel, "message": r.message} for r in FineTuneJob.RULES],
-    }
-    columns = [
-        {"name": name, "type": kind, "jsonPath": path, **({"priority": priority} if priority else {})}
-        for name, kind, path, priority in COLUMNS
-    ]
+def crd(of: CustomResource) -> dict[str, Any]:
+    """Return the CustomResourceDefinition of a kind."""
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
-        "metadata": {"name": f"{PLURAL}.{GROUP}"},
+        "metadata": {"name": f"{of.plural}.{GROUP}"},
         "spec": {
             "group": GROUP,
             "scope": "Namespaced",
             "names": {
-                "kind": KIND,
-                "listKind": f"{KIND}List",
-                "plural": PLURAL,
-                "singular": KIND.lower(),
-                "shortNames": ["ftj"],
+                "kind": of.kind,
+                "listKind": f"{of.kind}List",
+                "plural": of.plural,
+                "singular": of.kind.lower(),
+                "shortNames": [of.short_name],
                 "categories": ["tunewright"],
             },
             "versions": [
@@ -156,36 +177,77 @@ def finetunejob_crd() -> dict[str, Any]:
                     "served": True,
                     "storage": True,
                     "subresources": {"status": {}},
-                    "additionalPrinterColumns": columns,
-                    "schema": {"openAPIV3Schema": schema},
+                    "additionalPrinterColumns": [
+                        {"name": name, "type": kind, "jsonPath": path, **({"priority": priority} if priority else {})}
+                        for name, kind, path, priority in of.columns
+                    ],
+                    "schema": {"openAPIV3Schema": _schema(of)},
                 }
             ],
         },
     }
 
 
+def _schema(of: CustomResource) -> dict[str, Any]:
+    spec = _schema_of(of.spec, of.spec_description)
+    spec["x-kubernetes-validations"] = [*spec.get("x-kubernetes-validations", []), *of.spec.transition_rules()]
+    return {
+        "type": "object",
+        "description": of.description,
+        "required": ["spec"],
+        "properties": {
+            "apiVersion": {"type": "string"},
+            "kind": {"type": "string"},
+            "metadata": {"type": "object"},
+            "spec": spec,
+            "status": _status_schema(of.status),
+        },
+        "x-kubernetes-validations": [{"rule": r.cel, "message": r.message} for r in of.resource.RULES],
+    }
+
+
+def _status_schema(model: type[RunStatus]) -> dict[str, Any]:
+    status = _drop_defaults(_schema_of(model, "What the operator observed."))
+    status.pop("required", None)
+    conditions = status["properties"]["conditions"]
+    conditions["x-kubernetes-list-type"] = "map"
+    conditions["x-kubernetes-list-map-keys"] = ["type"]
+    for part in status["properties"].values():
+        if part["type"] == "object":
+            # Written whole by one writer: nobody needs to know who owns which field of it, and on every write the API
+            # server would work it out.
+            part["x-kubernetes-map-type"] = "atomic"
+    return status
+
+
 def render() -> dict[Path, str]:
-    """Return the generated files by path: the plain CRD, and the same as a chart template with a keep policy."""
+    """Return the generated files by path: the plain CRDs, and the same as chart templates with a keep policy."""
+    files = {}
+    for of in CUSTOM_RESOURCES:
+        files[CRD_FOLDER / f"{of.plural}.yaml"], files[CHART_FOLDER / f"crd-{of.plural}.yaml"] = _rendered(crd(of))
+    return files
+
+
+def _rendered(definition: dict[str, Any]) -> tuple[str, str]:
     import yaml
 
-    crd = finetunejob_crd()
     head = "# Generated by `make generate` from operator/tunewright_api; do not edit.\n"
-    plain = head + yaml.safe_dump(crd, sort_keys=False, width=110, allow_unicode=True)
-    body = yaml.safe_dump(crd["spec"], sort_keys=False, width=110, allow_unicode=True)
+    plain = head + yaml.safe_dump(definition, sort_keys=False, width=110, allow_unicode=True)
+    body = yaml.safe_dump(definition["spec"], sort_keys=False, width=110, allow_unicode=True)
+    if "{{" in body:
+        raise AssertionError("the CRD's text may not look like a Helm template")
     template = (
         head
         + "{{- if .Values.crds.enabled }}\n"
         + "apiVersion: apiextensions.k8s.io/v1\nkind: CustomResourceDefinition\nmetadata:\n"
-        + f"  name: {PLURAL}.{GROUP}\n"
+        + f"  name: {definition['metadata']['name']}\n"
         + '  labels:\n    {{- include "tunewright.labels" . | nindent 4 }}\n'
         + "  {{- if .Values.crds.keep }}\n  annotations:\n    helm.sh/resource-policy: keep\n  {{- end }}\n"
         + "spec:\n"
         + "".join(f"  {line}\n" if line else "\n" for line in body.splitlines())
         + "{{- end }}\n"
     )
-    if "{{" in body:
-        raise AssertionError("the CRD's text may not look like a Helm template")
-    return {CRD_PATH: plain, CHART_PATH: template}
+    return plain, template
 
 
 def main() -> int:

@@ -49,6 +49,7 @@ class Manifest(_Document):
     created_at: str
     files: list[ManifestFile]
     metrics: dict[str, Any] = Field(default_factory=dict)
+    verification: dict[str, Any] | None = Field(default=None, description="What was proved of a merged model.")
 
     def to_bytes(self) -> bytes:
         """Return the document as it is stored."""

@@ -38,7 +38,7 @@ def with_results(part: Part, manifest_uris: Mapping[str, str]) -> Part:
 
     def resolved(reference: ArtifactRef) -> ArtifactRef:
         uri = manifest_uris.get(reference.fine_tune_job) if reference.fine_tune_job is not None else None
-        return reference if uri is None else ArtifactRef(uri=uri)
+        return reference if uri is None else reference.model_copy(update={"fine_tune_job": None, "uri": uri})
 
     result: Part = _changed(part, resolved)
     return result

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field
 
@@ -27,7 +27,7 @@ from tunewright_api.references import with_digests
 from tunewright_api.v1alpha1.finetunejob import FineTuneJobSpec, HubOutput, Resources
 from tunewright_api.v1alpha1.method import IA3, MethodType, PrefixTuning, PromptTuning, Quantization
 from tunewright_api.v1alpha1.objective import Objective
-from tunewright_api.v1alpha1.parts import Dataset, Model
+from tunewright_api.v1alpha1.parts import Dataset, HubRef, Model, StorageRef
 from tunewright_api.v1alpha1.tracking import Tracking
 
 RUN_ENVIRONMENT_VARIABLE = "TUNEWRIGHT_RUN"
@@ -103,6 +103,18 @@ class TrainRun(SpecModel):
         return canonical_json(self.document())
 
 
+class HasPlaces(Protocol):
+    """A spec of either kind, as far as it says where things lie."""
+
+    @property
+    def storage(self) -> StorageRef | None:
+        """The S3 service."""
+
+    @property
+    def hub(self) -> HubRef | None:
+        """The hub."""
+
+
 def canonical_json(value: object) -> str:
     """Return JSON that is equal for equal content."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
@@ -150,7 +162,7 @@ def build_train_run(
     )
 
 
-def resolve_storage(spec: FineTuneJobSpec, platform: StorageSettings) -> StorageSettings:
+def resolve_storage(spec: HasPlaces, platform: StorageSettings) -> StorageSettings:
     """Lay the spec's storage block over the platform's defaults.
 
     Path style follows the endpoint where nobody says otherwise: S3 services of one's own rarely have a host name
@@ -172,7 +184,7 @@ def resolve_storage(spec: FineTuneJobSpec, platform: StorageSettings) -> Storage
     )
 
 
-def resolve_hub(spec: FineTuneJobSpec, platform: HubSettings) -> HubSettings:
+def resolve_hub(spec: HasPlaces, platform: HubSettings) -> HubSettings:
     """Lay the spec's hub block over the platform's defaults.
 
     The platform's token goes to the platform's hub alone: whoever gets a token can act in its owner's name.

@@ -14,8 +14,9 @@ MAX_REPORT_BYTES = 4096
 MAX_PROGRESS_BYTES = 65536
 
 Stage = Literal[
-    "Starting", "Fetching", "Checking", "Loading", "Training", "Evaluating", "Verifying", "Publishing", "Finished"
-]
+    "Starting", "Fetching", "Checking", "Loading", "Training", "Evaluating", "Combining", "Merging", "Verifying",
+    "Exporting", "Publishing", "Finished",
+]  # fmt: skip
 ShortText = Annotated[str, Field(max_length=1024)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 MAX_METRICS = 24
@@ -71,6 +72,12 @@ class PublishedOutput(_Document):
     digest: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")] = Field(description="SHA-256 of the manifest.")
     size_bytes: int = Field(ge=0, description="Size of all files together.")
     hub_url: ShortText | None = Field(default=None, description="The pushed commit on the Hub, with output.hub.")
+    merged_uri: ShortText | None = Field(
+        default=None, description="Folder of the merged model beside the adapter, with output.merge."
+    )
+    gguf_uris: Annotated[list[ShortText], Field(max_length=16)] | None = Field(
+        default=None, description="GGUF files of the result."
+    )
 
 
 class RunPlan(_Document):
@@ -93,6 +100,55 @@ class RunPlan(_Document):
     )
 
 
+class PinnedAdapter(_Document):
+    """An adapter as it was found."""
+
+    uri: ShortText = Field(description="Its manifest, or its folder where it has none.")
+    version: ShortText = Field(description="Digest of its manifest or of its files, or the commit on the Hub.")
+    weight: Finite | None = Field(default=None, description="Its share among several.")
+
+
+class MergePlan(_Document):
+    """What a merge is made of, pinned before the first tensor is read."""
+
+    base_uri: ShortText | None = Field(default=None, description="The base model.")
+    base_version: ShortText | None = Field(
+        default=None, description="Commit on the Hub, or a digest of the files' versions."
+    )
+    adapters: list[PinnedAdapter] | None = Field(default=None, max_length=16)
+    dtype: ShortText | None = Field(default=None, description="Number format of the merged weights.")
+    changed_tensors: int | None = Field(default=None, ge=0, description="Tensors that the adapter changes.")
+    total_tensors: int | None = Field(default=None, ge=0)
+    shards: int | None = Field(default=None, ge=0, description="Files of weights.")
+
+
+class MergeVerification(_Document):
+    """What was proved of a merged model."""
+
+    passed: bool
+    adapter_tensors: int = Field(default=0, ge=0, description="Tensors of the adapter, all of which were used.")
+    changed_tensors: int = Field(default=0, ge=0, description="Tensors of the model that differ from the base's.")
+    copied_tensors: int = Field(default=0, ge=0, description="Tensors that are the base's, byte for byte.")
+    smallest_change: Finite | None = Field(
+        default=None, description="Smallest norm of a change, relative to its tensor's."
+    )
+    largest_change: Finite | None = Field(
+        default=None, description="Largest norm of a change, relative to its tensor's."
+    )
+    prompts: int = Field(default=0, ge=0, description="Prompts that both models were compared on.")
+    max_divergence: Finite | None = Field(
+        default=None, description="Largest difference of a logit between merged model and base with adapter."
+    )
+    allowed_divergence: Finite | None = Field(default=None, description="What was allowed.")
+    effect: Finite | None = Field(
+        default=None, description="Largest difference of a logit that the adapter makes to the base."
+    )
+    vllm: list[ShortText] | None = Field(
+        default=None, max_length=16, description="Why vLLM cannot serve the adapters as they are; empty: it can."
+    )
+    notes: list[ShortText] | None = Field(default=None, max_length=16, description="What else is worth knowing.")
+
+
 class RunReport(_Document):
     """Last words of a run: the pod's termination message and, in full, report.json beside the result."""
 
@@ -112,16 +168,23 @@ class RunReport(_Document):
     evaluation: EvaluationResult | None = None
     output: PublishedOutput | None = None
     train_seconds: Finite | None = None
+    merge: MergePlan | None = None
+    verification: MergeVerification | None = None
 
     def to_json(self) -> str:
-        """Return the document in at most `MAX_REPORT_BYTES` bytes; first the plan gives way, then further metrics,
-        then the message."""
+        """Return the document in at most `MAX_REPORT_BYTES` bytes; first the plan gives way, then further metrics, notes
+        and addresses, then the message."""
         report = self
         if _excess_bytes(report) > 0:
             report = report.model_copy(update={"plan": None})
         if _excess_bytes(report) > 0 and report.evaluation is not None:
             bare = report.evaluation.model_copy(update={"base_metrics": None, "tuned_metrics": None})
             report = report.model_copy(update={"evaluation": bare})
+        if _excess_bytes(report) > 0 and report.verification is not None:
+            bare_verification = report.verification.model_copy(update={"notes": None, "vllm": None})
+            report = report.model_copy(update={"verification": bare_verification})
+        if _excess_bytes(report) > 0 and report.merge is not None:
+            report = report.model_copy(update={"merge": report.merge.model_copy(update={"adapters": None})})
         excess = _excess_bytes(report)
         if excess > 0:
             # Every character takes at least one byte, so cutting as many as there are bytes too many is enough.

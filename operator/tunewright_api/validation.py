@@ -1,4 +1,4 @@
-"""Check a FineTuneJob document and say all that is wrong with it at once."""
+"""Check a FineTuneJob or AdapterMerge document and say all that is wrong with it at once."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic.alias_generators import to_camel
 from pydantic_core import ErrorDetails
 
+from tunewright_api.v1alpha1.adaptermerge import AdapterMerge
 from tunewright_api.v1alpha1.finetunejob import FineTuneJob
+
+Kind = TypeVar("Kind", FineTuneJob, AdapterMerge)
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,12 @@ class InvalidDocument(ValueError):
 
 
 def parse_finetunejob(document: Mapping[str, Any], *, local: bool = False) -> FineTuneJob:
-    """Parse a document as the API server would.
+    """Parse a FineTuneJob as the API server would; arguments and errors as for `parse_adaptermerge`."""
+    return _parse(FineTuneJob, document, local)
+
+
+def parse_adaptermerge(document: Mapping[str, Any], *, local: bool = False) -> AdapterMerge:
+    """Parse an AdapterMerge as the API server would.
 
     Args:
         document: The YAML or JSON document.
@@ -46,18 +54,22 @@ def parse_finetunejob(document: Mapping[str, Any], *, local: bool = False) -> Fi
     Raises:
         InvalidDocument: With all problems at once, misspelt fields with the nearest name.
     """
+    return _parse(AdapterMerge, document, local)
+
+
+def _parse(kind: type[Kind], document: Mapping[str, Any], local: bool) -> Kind:
     try:
         # by_name=False: Python's own field names (learning_rate) are no spelling of the API.
-        return FineTuneJob.model_validate(document, context={"local": local}, by_alias=True, by_name=False)
+        return kind.model_validate(document, context={"local": local}, by_alias=True, by_name=False)
     except ValidationError as error:
-        raise InvalidDocument([_problem(e) for e in error.errors()]) from None
+        raise InvalidDocument([_problem(kind, e) for e in error.errors()]) from None
 
 
-def _problem(error: ErrorDetails) -> Problem:
+def _problem(kind: type[BaseModel], error: ErrorDetails) -> Problem:
     location = error["loc"]
     path = _path(location)
     if error["type"] == "extra_forbidden":
-        return Problem(path, _unknown_field(location))
+        return Problem(path, _unknown_field(kind, location))
     if error["type"] == "missing":
         return Problem(path, "required, but missing")
     message = error["msg"].removeprefix("Value error, ")
@@ -75,9 +87,9 @@ def _path(location: Sequence[str | int]) -> str:
     return text.removeprefix(".")
 
 
-def _unknown_field(location: Sequence[str | int]) -> str:
+def _unknown_field(kind: type[BaseModel], location: Sequence[str | int]) -> str:
     name = str(location[-1])
-    model = _model_at(FineTuneJob, location[:-1])
+    model = _model_at(kind, location[:-1])
     known = [field.alias or to_camel(key) for key, field in model.model_fields.items()] if model else []
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if nearest:

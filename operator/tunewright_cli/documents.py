@@ -1,4 +1,4 @@
-"""FineTuneJobs in files: read as kubectl reads them, checked, every problem with its place."""
+"""FineTuneJobs and AdapterMerges in files: read as kubectl reads them, checked, every problem with its place."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from tunewright_api import API_VERSION, GROUP
+from tunewright_api.v1alpha1.adaptermerge import KIND as MERGE_KIND
+from tunewright_api.v1alpha1.adaptermerge import AdapterMerge
 from tunewright_api.v1alpha1.finetunejob import KIND, FineTuneJob
-from tunewright_api.validation import InvalidDocument, Problem, parse_finetunejob
+from tunewright_api.validation import InvalidDocument, Problem, parse_adaptermerge, parse_finetunejob
 from tunewright_cli.errors import InvalidArgument, InvalidFile
 from tunewright_cli.kubectl_yaml import Document, Position, read_documents
 
+KINDS = (KIND, MERGE_KIND)
 _SUFFIXES = (".yaml", ".yml", ".json")
 
 
@@ -38,7 +41,7 @@ class CheckedDocument:
     kind: str
     name: str
     problems: tuple[LocatedProblem, ...]
-    job: FineTuneJob | None
+    job: FineTuneJob | AdapterMerge | None
 
 
 def expand(names: Sequence[str]) -> list[str]:
@@ -75,28 +78,50 @@ def check_file(name: str, *, local: bool = False) -> Iterator[CheckedDocument]:
 
 
 def load_one(file: str, wanted: str | None, *, local: bool) -> FineTuneJob:
-    """Return the only FineTuneJob of a file, or the one called `wanted`.
+    """Return the only FineTuneJob of a file, or the one called `wanted`; raises as `load_any` does."""
+    job = _choose(file, wanted, (KIND,), local=local)
+    assert isinstance(job, FineTuneJob)
+    return job
+
+
+def load_any(file: str, wanted: str | None, *, local: bool) -> FineTuneJob | AdapterMerge:
+    """Return the only FineTuneJob or AdapterMerge of a file, or the one called `wanted`.
+
+    Args:
+        file: File, or `-` for stdin.
+        wanted: A name, or KIND/NAME where a FineTuneJob and an AdapterMerge share it.
+        local: Accept local paths where URIs stand.
 
     Raises:
-        InvalidFile: No FineTuneJob there, or an invalid one; the message holds all its problems.
+        InvalidFile: None there, or an invalid one; the message holds all its problems.
         InvalidArgument: Several, and none is named, or none has that name.
     """
-    jobs = [d for d in check_file(file, local=local) if d.kind == KIND]
-    if not jobs:
-        raise InvalidFile(f"{file}: no FineTuneJob in this file")
+    return _choose(file, wanted, KINDS, local=local)
+
+
+def _choose(file: str, wanted: str | None, kinds: Sequence[str], *, local: bool) -> FineTuneJob | AdapterMerge:
+    found = [d for d in check_file(file, local=local) if d.kind in kinds]
+    what = " or ".join(kinds)
+    if not found:
+        raise InvalidFile(f"{file}: no {what} in this file")
     if wanted is not None:
-        jobs = [d for d in jobs if d.name == wanted] or _none_called(wanted, file, jobs)
-    if len(jobs) > 1:
-        names = ", ".join(d.name for d in jobs)
-        raise InvalidArgument(f"{file} holds {len(jobs)} FineTuneJobs: choose one with --name ({names})")
-    chosen = jobs[0]
+        found = [d for d in found if wanted in (d.name, f"{d.kind}/{d.name}")] or _none_called(
+            wanted, file, what, found
+        )
+    if len(found) > 1:
+        # By kind, too, where the names alone would not tell them apart.
+        is_one_kind = len({d.kind for d in found}) == 1
+        names = ", ".join(d.name if is_one_kind else f"{d.kind}/{d.name}" for d in found)
+        plural = f"{found[0].kind}s" if is_one_kind else "objects to run"
+        raise InvalidArgument(f"{file} holds {len(found)} {plural}: choose one with --name ({names})")
+    chosen = found[0]
     if chosen.job is None:
-        raise InvalidFile("invalid FineTuneJob\n" + "\n".join(str(p) for p in chosen.problems))
+        raise InvalidFile(f"invalid {chosen.kind}\n" + "\n".join(str(p) for p in chosen.problems))
     return chosen.job
 
 
-def _none_called(wanted: str, file: str, jobs: Sequence[CheckedDocument]) -> list[CheckedDocument]:
-    raise InvalidArgument(f"{file} holds no FineTuneJob {wanted!r}: there are {', '.join(d.name for d in jobs)}")
+def _none_called(wanted: str, file: str, what: str, found: Sequence[CheckedDocument]) -> list[CheckedDocument]:
+    raise InvalidArgument(f"{file} holds no {what} {wanted!r}: there are {', '.join(d.name for d in found)}")
 
 
 def read_text(name: str) -> str:
@@ -121,22 +146,28 @@ def _check(document: Document, file: str, *, local: bool) -> CheckedDocument:
     kind, name = str(content.get("kind", "?")), _name(content)
     api_version = content.get("apiVersion")
     problems = [Problem(key, "required, but missing") for key in ("apiVersion", "kind") if not content.get(key)]
-    if not problems and str(api_version).split("/")[0] != GROUP and kind != KIND:
+    if not problems and str(api_version).split("/")[0] != GROUP and kind not in KINDS:
         return _checked(document, file, kind, name, [], None)
     if api_version and api_version != API_VERSION:
         problems.append(Problem("apiVersion", f"{api_version!r} is not served: use {API_VERSION}"))
-    if content.get("kind") and kind != KIND:
-        problems.append(Problem("kind", f"{kind!r} is not a kind of {GROUP}: use {KIND}"))
+    if content.get("kind") and kind not in KINDS:
+        problems.append(Problem("kind", f"{kind!r} is not a kind of {GROUP}: use {' or '.join(KINDS)}"))
     if problems:
         return _checked(document, file, kind, name, problems, None)
     try:
-        return _checked(document, file, kind, name, [], parse_finetunejob(content, local=local))
+        parse = parse_adaptermerge if kind == MERGE_KIND else parse_finetunejob
+        return _checked(document, file, kind, name, [], parse(content, local=local))
     except InvalidDocument as error:
         return _checked(document, file, kind, name, error.problems, None)
 
 
 def _checked(
-    document: Document, file: str, kind: str, name: str, problems: Sequence[Problem], job: FineTuneJob | None
+    document: Document,
+    file: str,
+    kind: str,
+    name: str,
+    problems: Sequence[Problem],
+    job: FineTuneJob | AdapterMerge | None,
 ) -> CheckedDocument:
     located = sorted(
         (LocatedProblem(file, document.position(p.path), p) for p in problems),

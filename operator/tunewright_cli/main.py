@@ -126,10 +126,20 @@ def convert(
     command.run(config, name, output)
 
 
-@app.command(short_help="Train on this machine, without Kubernetes.")
+@app.command(short_help="Train or merge on this machine, without Kubernetes.")
 def run(
-    filename: OneFile,
-    name: JobName = None,
+    filename: Annotated[
+        str,
+        typer.Option(
+            "--filename",
+            "-f",
+            metavar="FILE",
+            help="YAML or JSON file with a FineTuneJob or AdapterMerge, or - for stdin.",
+        ),
+    ],
+    name: Annotated[
+        str | None, typer.Option("--name", help="Which one of the file, where it holds several: NAME or KIND/NAME.")
+    ] = None,
     work: Annotated[
         Path | None, typer.Option(help="Folder for model, data and results while running. Default: a temporary one.")
     ] = None,
@@ -137,7 +147,7 @@ def run(
     region: Region = None,
     output: Output = Output.TEXT,
 ) -> None:
-    """Train on this machine, without Kubernetes; model, data and output may be local paths.
+    """Train or merge on this machine, without Kubernetes; models, adapters, data and output may be local paths.
 
     S3 credentials come from the AWS_* variables. The exit code is the run's own.
     """

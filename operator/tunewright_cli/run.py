@@ -1,4 +1,4 @@
-"""`tunewright run`: the run of a FineTuneJob on this machine, by the same supervisor as in the cluster."""
+"""`tunewright run`: a FineTuneJob or an AdapterMerge on this machine, by the same supervisor as in the cluster."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import secrets
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,14 +16,16 @@ from rich.console import Console
 from rich.live import Live
 
 from tunewright_api.exit_codes import ExitCode
+from tunewright_api.merge_run import MergeRun, build_merge_run
 from tunewright_api.references import referred_jobs
 from tunewright_api.run_config import HubSettings, StorageSettings, TrainRun, build_train_run, resolve_storage
 from tunewright_api.run_report import Progress, RunReport
+from tunewright_api.v1alpha1.adaptermerge import AdapterMerge
 from tunewright_api.v1alpha1.finetunejob import FineTuneJob, Resources
-from tunewright_cli.documents import load_one
+from tunewright_cli.documents import load_any
 from tunewright_cli.errors import InvalidArgument
 from tunewright_cli.storage import storage_settings, trainer_errors
-from tunewright_cli.view import frame, result_lines
+from tunewright_cli.view import frame, result_lines, verification_lines
 
 if TYPE_CHECKING:
     from tunewright_trainer.transfer import Stop
@@ -34,22 +36,27 @@ LOCAL_NAMESPACE = "local"
 def run(
     file: str, wanted: str | None, work: Path | None, *, endpoint: str | None, region: str | None, as_json: bool
 ) -> int:
-    """Train, show the progress on a terminal and the log elsewhere, and return the run's exit code.
+    """Train or merge, show the progress on a terminal and the log elsewhere, and return the run's exit code.
 
     Raises:
-        InvalidFile: No valid FineTuneJob in the file.
-        InvalidArgument: Several, and none is chosen; or it refers to another FineTuneJob by name, or wants nodes.
+        InvalidFile: No valid FineTuneJob or AdapterMerge in the file.
+        InvalidArgument: Several, and none is chosen; or it refers to a FineTuneJob by name, or wants nodes.
         MissingPackage: The trainer is not installed.
     """
-    job = load_one(file, wanted, local=True)
-    _refuse_names(job)
-    _refuse_nodes(job)
+    job = load_any(file, wanted, local=True)
+    name = job.metadata.name
+    _refuse_names(name, referred_jobs(job.spec))
     storage = storage_settings(resolve_storage(job.spec, StorageSettings()), endpoint=endpoint, region=region)
-    document = build_train_run(job.spec, name=job.metadata.name, namespace=LOCAL_NAMESPACE, attempt=1, storage=storage)
+    document: TrainRun | MergeRun
+    if isinstance(job, AdapterMerge):
+        document = build_merge_run(job.spec, name=name, namespace=LOCAL_NAMESPACE, attempt=1, storage=storage)
+    else:
+        _refuse_nodes(job)
+        document = build_train_run(job.spec, name=name, namespace=LOCAL_NAMESPACE, attempt=1, storage=storage)
     # Here the token is that of HF_TOKEN or of `hf auth login`, so messages must not speak of a Secret.
     document = document.model_copy(update={"hub": HubSettings(endpoint=document.hub.endpoint)})
-    folder = work or Path(tempfile.mkdtemp(prefix=f"tunewright-{job.metadata.name}-"))
-    report = _train(document, folder, as_json=as_json)
+    folder = work or Path(tempfile.mkdtemp(prefix=f"tunewright-{name}-"))
+    report = _carry_out(document, folder, as_json=as_json)
     if work is None:
         _clean(folder, keep_log=report.exit_code != ExitCode.SUCCESS)
     if as_json:
@@ -59,12 +66,12 @@ def run(
     return report.exit_code
 
 
-def _refuse_names(job: FineTuneJob) -> None:
-    for name in referred_jobs(job.spec):
+def _refuse_names(name: str, referred: Sequence[str]) -> None:
+    for other in referred:
         raise InvalidArgument(
-            f"{job.metadata.name} refers to FineTuneJob {name!r} by name, which a local run cannot look up: give its "
+            f"{name} refers to FineTuneJob {other!r} by name, which a local run cannot look up: give its "
             "result as uri instead of fineTuneJob; "
-            f"`kubectl get ftj {name} -o jsonpath='{{.status.output.manifestUri}}'` prints it"
+            f"`kubectl get ftj {other} -o jsonpath='{{.status.output.manifestUri}}'` prints it"
         )
 
 
@@ -78,7 +85,7 @@ def _refuse_nodes(job: FineTuneJob) -> None:
         )
 
 
-def _train(document: TrainRun, folder: Path, *, as_json: bool) -> RunReport:
+def _carry_out(document: TrainRun | MergeRun, folder: Path, *, as_json: bool) -> RunReport:
     console = Console(highlight=False)
     live = console.is_terminal and not as_json
     newest: list[Progress | None] = [None]
@@ -100,9 +107,17 @@ def _train(document: TrainRun, folder: Path, *, as_json: bool) -> RunReport:
         with _stopped_by_signals(settings.stop):
             if not live:
                 return supervisor.run(document, settings)
-            title = f"{document.name}: {document.method} of {document.model.uri}"
-            with Live(get_renderable=lambda: frame(title, newest[0], ()), console=console, refresh_per_second=4):
+            with Live(
+                get_renderable=lambda: frame(_title(document), newest[0], ()), console=console, refresh_per_second=4
+            ):
                 return supervisor.run(document, settings)
+
+
+def _title(document: TrainRun | MergeRun) -> str:
+    if isinstance(document, TrainRun):
+        return f"{document.name}: {document.method} of {document.model.uri}"
+    count = len(document.adapters)
+    return f"{document.name}: merge of {document.adapters[0].uri if count == 1 else f'{count} adapters'}"
 
 
 @contextmanager
@@ -135,5 +150,5 @@ def _print(report: RunReport, folder: Path) -> None:
         typer.echo(f"log              {folder / 'logs'}", err=True)
         return
     typer.echo(f"complete         {report.reason}")
-    for line in result_lines(report.output, report.evaluation):
+    for line in (*result_lines(report.output, report.evaluation), *verification_lines(report.verification)):
         typer.echo(line)

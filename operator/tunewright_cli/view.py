@@ -10,7 +10,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tunewright_api.run_report import EvaluationResult, Progress, PublishedOutput
+from tunewright_api.run_report import EvaluationResult, MergeVerification, Progress, PublishedOutput
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -70,8 +70,30 @@ def result_lines(output: PublishedOutput | None, evaluation: EvaluationResult | 
             f"digest           {output.digest}",
             f"size             {output.size_bytes / 1e6:,.1f} MB",
         ]
+        if output.merged_uri is not None:
+            lines.append(f"merged           {output.merged_uri}")
+        lines += [f"gguf             {uri}" for uri in output.gguf_uris or ()]
         if output.hub_url is not None:
             lines.append(f"hub              {output.hub_url}")
     if evaluation is not None and evaluation.base is not None and evaluation.tuned is not None:
         lines.append(f"validation loss  {evaluation.base:.4f} before, {evaluation.tuned:.4f} after")
+    return lines
+
+
+def verification_lines(found: MergeVerification | None) -> list[str]:
+    """Return what was proved of a merge, one `name  value` per line."""
+    if found is None:
+        return []
+    lines = [
+        f"verified         {found.adapter_tensors} tensors of the adapter used, {found.changed_tensors} of the model "
+        f"changed, {found.copied_tensors} copied byte for byte"
+    ]
+    if found.max_divergence is not None and found.allowed_divergence is not None:
+        lines.append(
+            f"logits           {found.max_divergence:.3g} from base with adapter on {found.prompts} prompts (allowed "
+            f"{found.allowed_divergence:.3g}); the adapter moves them by {found.effect or 0:.3g}"
+        )
+    lines += [f"note             {note}" for note in found.notes or ()]
+    if found.vllm is not None:
+        lines += [f"vllm             {line}" for line in found.vllm or ["can serve the adapters as they are"]]
     return lines

@@ -10,16 +10,23 @@ OPERATOR_NAME: Final = "tunewright-operator"
 """Reporter of events, value of `app.kubernetes.io/managed-by`, user agent and field manager."""
 
 LABEL_FINETUNEJOB: Final = f"{GROUP}/finetunejob"
-"""On Jobs and pods: name of the FineTuneJob. The operator watches by it, on the server's side."""
+"""On Jobs and pods of a FineTuneJob: its name."""
+
+LABEL_ADAPTERMERGE: Final = f"{GROUP}/adaptermerge"
+"""On Jobs and pods of an AdapterMerge: its name."""
 
 LABEL_ATTEMPT: Final = f"{GROUP}/attempt"
-"""On Jobs and pods: number of the attempt, from 1."""
+"""On Jobs and pods: number of the attempt, from 1. The operator watches by it, on the server's side: it is on those of
+either kind."""
 
 LABEL_STAGE: Final = f"{GROUP}/stage"
 """On Jobs and pods: what the Job does."""
 
 STAGE_TRAIN: Final = "train"
 """The stage that trains; part of Job names."""
+
+STAGE_MERGE: Final = "merge"
+"""The stage that merges; part of Job names."""
 
 LABEL_UID: Final = f"{GROUP}/uid"
 """On the pods of several nodes: UID of the FineTuneJob. The Service selects by it, so that pods of an earlier
@@ -29,7 +36,7 @@ LABEL_MANAGED_BY: Final = "app.kubernetes.io/managed-by"
 """On Jobs, Services and pods: the customary label for the tool that made them."""
 
 CONTAINER_NAME: Final = "trainer"
-"""The one container of a training pod."""
+"""The one container of a training or merging pod."""
 
 PROGRESS_PORT: Final = 8080
 """Where the supervisor in the pod serves /progress, /metrics and /healthz."""
@@ -65,7 +72,7 @@ CACHE_PATH: Final = "/cache"
 """emptyDir for the caches of the libraries; the root file system is read-only."""
 
 USER_ID: Final = 1000
-"""User, group and fsGroup of the training pod: what the trainer image is built for."""
+"""User, group and fsGroup of the pods: what the trainer image is built for."""
 
 ENV_WRITER: Final = "TUNEWRIGHT_WRITER"
 """The pod's UID: keeps the files of two pods apart."""

@@ -9,11 +9,11 @@ import kopf
 from kubernetes.aio import client
 
 from tunewright_api import GROUP, VERSION
-from tunewright_api.v1alpha1.finetunejob import PLURAL
 from tunewright_operator import metrics
-from tunewright_operator.constants import LABEL_FINETUNEJOB
+from tunewright_operator.constants import LABEL_ATTEMPT
+from tunewright_operator.kinds import KINDS, Key, Kind
 from tunewright_operator.kube import bearer_token
-from tunewright_operator.store import Key, Store
+from tunewright_operator.store import Store
 
 
 def build_registry(
@@ -33,18 +33,22 @@ def build_registry(
     async def login(**_: Any) -> kopf.ConnectionInfo:
         return await connection_info(configuration)
 
-    @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
-    async def on_finetunejob(event: kopf.RawEvent, **_: Any) -> None:
-        metrics.WATCH_EVENTS.labels("finetunejobs").inc()
-        raw: Any = event["object"]
-        if event["type"] == "DELETED":
-            # What it owns is the garbage collector's.
-            _wake_waiting(store.drop_finetunejob(raw))
-            return
-        key = store.put_finetunejob(raw)
-        _note(event, key)
-        if key is not None:
-            _wake_waiting(key)
+    def watch_workloads(kind: Kind) -> None:
+        @kopf.on.event(GROUP, VERSION, kind.plural, id=kind.plural, registry=registry)
+        async def on_workload(event: kopf.RawEvent, **_: Any) -> None:
+            metrics.WATCH_EVENTS.labels(kind.plural).inc()
+            raw: Any = event["object"]
+            if event["type"] == "DELETED":
+                # What it owns is the garbage collector's.
+                _wake_waiting(store.drop_workload(kind, raw))
+                return
+            key = store.put_workload(kind, raw)
+            _note(event, key)
+            if key is not None:
+                _wake_waiting(key)
+
+    for kind in KINDS:
+        watch_workloads(kind)
 
     @kopf.on.event("batch", "v1", "jobs", registry=registry)
     async def on_job(event: kopf.RawEvent, **_: Any) -> None:
@@ -105,7 +109,7 @@ def build_settings() -> kopf.OperatorSettings:
     settings.watching.chunk_size = 100
     settings.queueing.idle_timeout = 0.2
     for resource in (("batch", "v1", "jobs"), ("", "v1", "pods")):
-        settings.watching.label_selectors[resource] = LABEL_FINETUNEJOB
+        settings.watching.label_selectors[resource] = LABEL_ATTEMPT
     return settings
 
 

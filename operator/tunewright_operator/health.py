@@ -8,9 +8,10 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from tunewright_operator import metrics
+from tunewright_operator.kinds import FINETUNEJOB, KINDS, Key
 from tunewright_operator.kube import Kube
 from tunewright_operator.queue import WorkQueue
-from tunewright_operator.store import Key, Store
+from tunewright_operator.store import Store
 
 _QUEUE_LIMIT_SECONDS = 300.0
 """A pass ends within a few request limits of 30 s, and 5,000 keys at once are worked off in a minute."""
@@ -21,8 +22,8 @@ _BEAT_LIMIT_SECONDS = 180.0
 _ANSWER_LIMIT_SECONDS = 1800.0
 """Long: a restart does not bring an absent API server back, but it does bring new credentials."""
 
-NO_OP = Key("", "")
-"""A key of no FineTuneJob: handling it shows that workers take keys."""
+NO_OP = Key(FINETUNEJOB, "", "")
+"""A key of no workload: handling it shows that workers take keys."""
 
 
 class Health:
@@ -67,9 +68,10 @@ async def serve(health: Health, store: Store, port: int) -> web.AppRunner:
         return web.Response(text="ok") if health.ready else web.Response(status=503, text="the first list is not done")
 
     async def exposition(_: web.Request) -> web.Response:
-        metrics.FINETUNEJOBS.clear()
-        for (namespace, phase), count in store.phases().items():
-            metrics.FINETUNEJOBS.labels(namespace, phase).set(count)
+        metrics.WORKLOADS.clear()
+        for kind in KINDS:
+            for (namespace, phase), count in store.phases(kind).items():
+                metrics.WORKLOADS.labels(kind.name, namespace, phase).set(count)
         return web.Response(body=generate_latest(metrics.REGISTRY), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     application = web.Application()

@@ -16,9 +16,11 @@ from urllib.parse import quote, urlencode
 import aiohttp
 from kubernetes.aio import client, config
 
+from tunewright_api import API_VERSION
 from tunewright_operator import metrics
 from tunewright_operator.constants import OPERATOR_NAME
 from tunewright_operator.errors import ApiUnreachable, NoCluster, api_error
+from tunewright_operator.kinds import Kind
 
 Document = dict[str, Any]
 
@@ -26,13 +28,17 @@ _REQUEST_SECONDS = 30.0
 _LIST_SECONDS = 120.0
 _PAGE = 200
 
-FINETUNEJOBS = "apis/tunewright.dev/v1alpha1", "finetunejobs"
 JOBS = "apis/batch/v1", "jobs"
 PODS = "api/v1", "pods"
 SERVICES = "api/v1", "services"
 EVENTS = "api/v1", "events"
 
 Resource = tuple[str, str]
+
+
+def workloads(kind: Kind) -> Resource:
+    """Return the resource of a kind of workloads."""
+    return f"apis/{API_VERSION}", kind.plural
 
 
 async def load_configuration() -> client.Configuration:

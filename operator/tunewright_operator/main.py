@@ -18,6 +18,7 @@ from tunewright_operator.apply import Applier
 from tunewright_operator.errors import OperatorError
 from tunewright_operator.handlers import build_registry, build_settings
 from tunewright_operator.health import NO_OP, Health, serve
+from tunewright_operator.kinds import Key
 from tunewright_operator.kube import Kube, load_configuration
 from tunewright_operator.observe import Observer
 from tunewright_operator.post import EventPoster
@@ -25,7 +26,7 @@ from tunewright_operator.queue import WorkQueue
 from tunewright_operator.reconcile import Reconciler
 from tunewright_operator.resync import resync
 from tunewright_operator.settings import Settings
-from tunewright_operator.store import Key, Store
+from tunewright_operator.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class Operator:
         return await self.reconciler.reconcile(key)
 
     def add(self, key: Key) -> None:
-        """Put a key in line; FineTuneJobs that have no Job yet go first: users wait for GPUs, not for statuses."""
+        """Put a key in line; workloads that have no Job yet go first: users wait for GPUs, not for statuses."""
         entry = self.store.find(key)
         self.queue.add(key, urgent=entry is not None and entry.is_new)
 
@@ -79,7 +80,7 @@ class Operator:
             count = await resync(self.api, self.store, self.settings.watch_namespaces, self.add)
             self.health.ready = True
             self.listed.set()
-            logger.info("listed", extra={"finetunejobs": count, "seconds": round(time.monotonic() - began, 3)})
+            logger.info("listed", extra={"workloads": count, "seconds": round(time.monotonic() - began, 3)})
             # A tenth of jitter, so that several operators on one API server do not list in step.
             until = time.monotonic() + self.settings.resync_seconds * random.uniform(0.9, 1.1)  # noqa: S311
             while time.monotonic() < until and not self._gap:

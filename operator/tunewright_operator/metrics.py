@@ -15,7 +15,7 @@ _SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _HOURS_BUCKETS = (1, 10, 60, 300, 900, 3600, 4 * 3600, 12 * 3600, 24 * 3600, 72 * 3600)
 
 RECONCILES: Final = Counter(
-    "tunewright_reconcile", "Passes over a FineTuneJob, by result (ok, error).", ["result"], registry=REGISTRY
+    "tunewright_reconcile", "Passes over a workload, by result (ok, error).", ["result"], registry=REGISTRY
 )
 RECONCILE_SECONDS: Final = Histogram(
     "tunewright_reconcile_duration_seconds", "Length of a pass.", buckets=_SECONDS_BUCKETS, registry=REGISTRY
@@ -30,8 +30,11 @@ QUEUE_LATENCY: Final = Histogram(
     buckets=_SECONDS_BUCKETS,
     registry=REGISTRY,
 )
-FINETUNEJOBS: Final = Gauge(
-    "tunewright_finetunejobs", "FineTuneJobs by namespace and phase.", ["namespace", "phase"], registry=REGISTRY
+WORKLOADS: Final = Gauge(
+    "tunewright_workloads",
+    "FineTuneJobs and AdapterMerges by kind, namespace and phase.",
+    ["kind", "namespace", "phase"],
+    registry=REGISTRY,
 )
 TRANSITIONS: Final = Counter(
     "tunewright_transitions",
@@ -41,14 +44,15 @@ TRANSITIONS: Final = Counter(
 )
 QUEUE_WAIT_SECONDS: Final = Histogram(
     "tunewright_queue_wait_seconds",
-    "From the creation of an attempt's Job to the start of its last pod.",
+    "From the creation of an attempt's Job to the start of its last pod, by kind.",
+    ["kind"],
     buckets=_HOURS_BUCKETS,
     registry=REGISTRY,
 )
 RUN_DURATION_SECONDS: Final = Histogram(
     "tunewright_run_duration_seconds",
-    "From the first start to the end of a FineTuneJob, by result (Complete, Failed).",
-    ["result"],
+    "From the first start to the end, by kind and result (Complete, Failed).",
+    ["kind", "result"],
     buckets=_HOURS_BUCKETS,
     registry=REGISTRY,
 )

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from tunewright_operator.constants import STAGE_TRAIN
+from tunewright_operator.kinds import Kind
 
 
-def job_name(finetunejob: str, attempt: int) -> str:
-    """Return the name of an attempt's Job, such as `support-bot-train-2`.
+def job_name(kind: Kind, name: str, attempt: int) -> str:
+    """Return the name of an attempt's Job, such as `support-bot-train-2` or `support-bot-merge-1`.
 
     At most 45 + 7 + 3 characters: the pod's suffix of six, or `-63` of the last of 64 nodes, fits the 63 of a host
     name.
     """
-    return f"{finetunejob}-{STAGE_TRAIN}-{attempt}"
+    return f"{name}-{kind.stage}-{attempt}"
 
 
 def service_name(job: str) -> str:

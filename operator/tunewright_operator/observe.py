@@ -13,11 +13,11 @@ from pydantic import ValidationError
 
 from tunewright_api.references import referred_jobs
 from tunewright_api.run_report import MAX_PROGRESS_BYTES, Progress
-from tunewright_api.v1alpha1.finetunejob import FineTuneJobSpec
-from tunewright_api.v1alpha1.status import FineTuneJobStatus
+from tunewright_api.v1alpha1.status import RunStatus
 from tunewright_operator import kube, metrics, naming
-from tunewright_operator.constants import LABEL_FINETUNEJOB, PROGRESS_PORT
+from tunewright_operator.constants import PROGRESS_PORT
 from tunewright_operator.errors import NotFound
+from tunewright_operator.kinds import FINETUNEJOB, Key, Spec
 from tunewright_operator.kube import Kube
 from tunewright_operator.observed import (
     ObservedJob,
@@ -30,7 +30,7 @@ from tunewright_operator.observed import (
 )
 from tunewright_operator.settings import Settings
 from tunewright_operator.status import current_attempt, is_finished
-from tunewright_operator.store import Entry, Key, Store
+from tunewright_operator.store import Entry, Store
 
 _PULL_LIMIT = aiohttp.ClientTimeout(total=2)
 
@@ -50,8 +50,8 @@ class Observer:
         """Close the session for progress."""
         await self._session.close()
 
-    async def finetunejob(self, key: Key) -> dict[str, Any] | None:
-        """Return a FineTuneJob, None when it is gone or wants nothing."""
+    async def workload(self, key: Key) -> dict[str, Any] | None:
+        """Return a FineTuneJob or AdapterMerge, None when it is gone or wants nothing."""
         entry = self._store.entry(key)
         if entry.finished and not (entry.has_ttl and entry.jobs):
             return None
@@ -59,19 +59,19 @@ class Observer:
             document: dict[str, Any] = json.loads(entry.text)
             return document
         try:
-            return await self._api.get(kube.FINETUNEJOBS, key.namespace, key.name)
+            return await self._api.get(kube.workloads(key.kind), key.namespace, key.name)
         except NotFound:
             self._store.forget(key)
             return None
 
-    async def run(self, key: Key, uid: str, status: FineTuneJobStatus, now: datetime.datetime) -> ObservedRun:
+    async def run(self, key: Key, uid: str, status: RunStatus, now: datetime.datetime) -> ObservedRun:
         """Return what the cluster shows of the current attempt."""
         entry = self._store.entry(key)
         jobs = tuple(sorted(job.name for job in entry.jobs.values() if job.owner_uid == uid))
         if is_finished(status):
             return ObservedRun(jobs=jobs)
         attempt = current_attempt(status)
-        name = naming.job_name(key.name, attempt)
+        name = naming.job_name(key.kind, key.name, attempt)
         job = entry.jobs.get(name)
         if job is not None and job.owner_uid != uid:
             job = None
@@ -91,12 +91,10 @@ class Observer:
         progress = await self._progress(entry, first) if complete else None
         return ObservedRun(job=job, pod=first, followers=followers, jobs=jobs, progress=progress)
 
-    async def references(
-        self, key: Key, spec: FineTuneJobSpec, status: FineTuneJobStatus
-    ) -> tuple[ObservedReference, ...]:
-        """Return the FineTuneJobs whose results are needed and not known yet. Only a finished one costs a request."""
+    async def references(self, key: Key, spec: Spec, status: RunStatus) -> tuple[ObservedReference, ...]:
+        """Return the workloads whose results are needed and not known yet. Only a finished one costs a request."""
         known = {reference.fine_tune_job for reference in status.references or ()}
-        others = [Key(key.namespace, name) for name in referred_jobs(spec) if name not in known]
+        others = [Key(FINETUNEJOB, key.namespace, name) for name in referred_jobs(spec) if name not in known]
         # Noted before the first look: what happens after it brings the key back.
         self._store.wait_for(key, others)
         found = [await self._reference(other) for other in others]
@@ -105,28 +103,30 @@ class Observer:
         )
         circle = self._store.circle(key)
         if circle:
-            way = " -> ".join(other.name for other in circle)
-            return (ObservedReference(circle[1].name, "Circular", way),)
+            way = " -> ".join(other.short for other in circle)
+            return (ObservedReference(circle[1].kind, circle[1].name, "Circular", way),)
         return tuple(found)
 
     async def _reference(self, other: Key) -> ObservedReference:
         entry = self._store.find(other)
         if entry is None or entry.version == 0:
             # Not asked of the API server: all that follows is another look, at the latest when it is created.
-            return ObservedReference(other.name, "Missing")
+            return ObservedReference(other.kind, other.name, "Missing")
         if not entry.finished:
-            return ObservedReference(other.name, "Unfinished", entry.phase or "Pending")
+            return ObservedReference(other.kind, other.name, "Unfinished", entry.phase or "Pending")
         try:
-            document = await self._api.get(kube.FINETUNEJOBS, other.namespace, other.name)
+            document = await self._api.get(kube.workloads(other.kind), other.namespace, other.name)
         except NotFound:
-            return ObservedReference(other.name, "Missing")
-        status = FineTuneJobStatus.model_validate(document.get("status", {}))
+            return ObservedReference(other.kind, other.name, "Missing")
+        status = other.kind.status.model_validate(document.get("status", {}))
         if status.output is not None:
-            return ObservedReference(other.name, "Complete", manifest_uri=status.output.manifest_uri)
+            return ObservedReference(other.kind, other.name, "Complete", manifest_uri=status.output.manifest_uri)
         if status.failure is not None:
-            return ObservedReference(other.name, "Failed", f"{status.failure.reason}: {status.failure.message}")
+            return ObservedReference(
+                other.kind, other.name, "Failed", f"{status.failure.reason}: {status.failure.message}"
+            )
         # Created anew under the same name since; its event is on the way.
-        return ObservedReference(other.name, "Unfinished", status.phase or "Pending")
+        return ObservedReference(other.kind, other.name, "Unfinished", status.phase or "Pending")
 
     async def _job(self, key: Key, name: str, uid: str) -> ObservedJob | None:
         """Read a Job live; None when it is not there or not owned by `uid`."""
@@ -146,14 +146,14 @@ class Observer:
         # The two watches run side by side: the Job's end may come before its pod's.
         # What is running in the store but not in the list is gone, and its last words with it.
         pods = [pod for pod in entry.pods.values() if pod.terminal]
-        async for raw in self._api.list(kube.PODS, key.namespace, f"{LABEL_FINETUNEJOB}={key.name}"):
+        async for raw in self._api.list(kube.PODS, key.namespace, f"{key.kind.label}={key.name}"):
             pods.append(parse_pod(raw))
         return _newest(pods, job)
 
     async def _earlier_pods(self, key: Key, now: datetime.datetime) -> tuple[str, ...]:
         """Return pods of earlier attempts that may still run, by a live list."""
         names = []
-        async for raw in self._api.list(kube.PODS, key.namespace, f"{LABEL_FINETUNEJOB}={key.name}"):
+        async for raw in self._api.list(kube.PODS, key.namespace, f"{key.kind.label}={key.name}"):
             pod = parse_pod(raw)
             if not pod.terminal and not self._is_lost(pod, now):
                 names.append(pod.name)

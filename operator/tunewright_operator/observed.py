@@ -13,8 +13,8 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from tunewright_api.run_report import MAX_REPORT_BYTES, Progress, RunReport
-from tunewright_api.v1alpha1.finetunejob import KIND
 from tunewright_operator.constants import ANNOTATION_INDEX, CONTAINER_NAME, LABEL_ATTEMPT
+from tunewright_operator.kinds import Kind
 
 Raw = Mapping[str, Any]
 
@@ -38,15 +38,17 @@ class Owner:
 
     uid: str | None
     """UID of the controller, whatever its kind."""
-    finetunejob: str | None
-    """Name of the controller where it is a FineTuneJob."""
+    kind: str | None
+    """Kind of the controller."""
+    name: str | None
+    """Its name."""
     deleting: bool
     """Whether the object is being removed."""
 
 
 @dataclass(frozen=True, slots=True)
 class ObservedJob:
-    """One Job of a FineTuneJob."""
+    """One Job of a workload."""
 
     name: str
     uid: str
@@ -62,7 +64,7 @@ class ObservedJob:
 
 @dataclass(frozen=True, slots=True)
 class ObservedPod:
-    """One training pod."""
+    """One pod of a Job."""
 
     name: str
     uid: str
@@ -139,8 +141,9 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class ObservedReference:
-    """Another FineTuneJob whose result is needed."""
+    """Another workload whose result is needed."""
 
+    kind: Kind
     name: str
     state: Literal["Missing", "Unfinished", "Complete", "Failed", "Circular"]
     """Circular: it waits, itself or by way of others, for the one that refers to it."""
@@ -165,12 +168,12 @@ class ObservedRun:
     earlier_pods: tuple[str, ...] = ()
     """Pods of earlier attempts that may still run, from a live list."""
     jobs: tuple[str, ...] = ()
-    """All Jobs of the FineTuneJob."""
+    """All Jobs of the workload."""
     progress: Progress | None = None
     """Set when a progress write is due."""
     refusal: Refusal | None = None
     references: tuple[ObservedReference, ...] = ()
-    """FineTuneJobs whose results are needed and not in the status yet."""
+    """Workloads whose results are needed and not in the status yet."""
 
     @property
     def pods(self) -> tuple[ObservedPod, ...]:
@@ -187,8 +190,7 @@ def parse_owner(raw: Raw) -> Owner:
     """Parse whose an object of any kind is."""
     metadata = raw["metadata"]
     owner: Raw = next((o for o in metadata.get("ownerReferences", ()) if o.get("controller")), {})
-    name = owner["name"] if owner.get("kind") == KIND else None
-    return Owner(owner.get("uid"), name, "deletionTimestamp" in metadata)
+    return Owner(owner.get("uid"), owner.get("kind"), owner.get("name"), "deletionTimestamp" in metadata)
 
 
 def parse_job(raw: Raw) -> ObservedJob:

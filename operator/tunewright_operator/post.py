@@ -11,13 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 from tunewright_api import API_VERSION
-from tunewright_api.v1alpha1.finetunejob import KIND
 from tunewright_operator import kube, metrics
 from tunewright_operator.constants import OPERATOR_NAME
 from tunewright_operator.errors import ApiError, ApiUnreachable
+from tunewright_operator.kinds import Key
 from tunewright_operator.kube import Kube
 from tunewright_operator.status import TransitionEvent
-from tunewright_operator.store import Key
 
 logger = logging.getLogger(__name__)
 
@@ -45,13 +44,13 @@ class EventPoster:
         self._line: asyncio.Queue[tuple[float, Key, dict[str, Any]]] = asyncio.Queue(_MAX_WAITING)
 
     def add(self, key: Key, uid: str, event: TransitionEvent) -> None:
-        """Tell of a transition of the FineTuneJob with this UID."""
+        """Tell of a transition of the workload with this UID."""
         metrics.TRANSITIONS.labels(event.reason).inc()
-        logger.info(event.message, extra={"finetunejob": str(key), "reason": event.reason, "type": event.type})
+        logger.info(event.message, extra={**key.log_field, "reason": event.reason, "type": event.type})
         try:
             self._line.put_nowait((time.monotonic(), key, _event(key, uid, event, self._instance)))
         except asyncio.QueueFull:
-            logger.warning("event dropped: too many wait", extra={"finetunejob": str(key)})
+            logger.warning("event dropped: too many wait", extra=key.log_field)
 
     async def run(self) -> None:
         """Post until cancelled."""
@@ -61,7 +60,7 @@ class EventPoster:
             try:
                 await self._api.post(kube.EVENTS, key.namespace, document)
             except (ApiError, ApiUnreachable) as error:
-                logger.warning("event not posted", extra={"finetunejob": str(key), "error": str(error)})
+                logger.warning("event not posted", extra={**key.log_field, "error": str(error)})
             finally:
                 self._line.task_done()
 
@@ -89,7 +88,7 @@ def _event(key: Key, uid: str, event: TransitionEvent, instance: str) -> dict[st
         "metadata": {"namespace": key.namespace, "generateName": f"{key.name}."},
         "involvedObject": {
             "apiVersion": API_VERSION,
-            "kind": KIND,
+            "kind": key.kind.name,
             "namespace": key.namespace,
             "name": key.name,
             "uid": uid,

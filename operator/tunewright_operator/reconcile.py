@@ -1,4 +1,4 @@
-"""One pass over a FineTuneJob: read, decide, act, write the status once, tell of transitions."""
+"""One pass over a FineTuneJob or AdapterMerge: read, decide, act, write the status once, tell of transitions."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 from tunewright_api.conditions import ConditionType, is_true
-from tunewright_api.v1alpha1.status import FineTuneJobStatus
-from tunewright_api.validation import InvalidDocument, parse_finetunejob
+from tunewright_api.v1alpha1.status import RunStatus
+from tunewright_api.validation import InvalidDocument
 from tunewright_operator import metrics
 from tunewright_operator.apply import Applier
 from tunewright_operator.errors import Conflict, NotFound
+from tunewright_operator.kinds import Key, Kind
 from tunewright_operator.observe import Observer
 from tunewright_operator.observed import ObservedRun, Refusal, parse_time
 from tunewright_operator.post import EventPoster
@@ -28,7 +29,7 @@ from tunewright_operator.status import (
     resolved,
     transition_events,
 )
-from tunewright_operator.store import Key, Store
+from tunewright_operator.store import Store
 
 
 def utc_now() -> datetime.datetime:
@@ -37,7 +38,7 @@ def utc_now() -> datetime.datetime:
 
 
 class Reconciler:
-    """Brings a FineTuneJob nearer to its end, one pass at a time."""
+    """Brings a workload nearer to its end, one pass at a time."""
 
     def __init__(
         self,
@@ -58,8 +59,8 @@ class Reconciler:
             applier: Writes.
             poster: Posts events.
             settings: The operator's.
-            hurried: Tells whether FineTuneJobs without a Job wait for a worker.
-            wake: Puts a FineTuneJob in line that waits for another one's result.
+            hurried: Tells whether workloads without a Job wait for a worker.
+            wake: Puts a workload in line that waits for another one's result.
             clock: Gives the time.
         """
         self._store = store
@@ -78,31 +79,31 @@ class Reconciler:
             ApiError: The API server refused a request; the queue repeats the pass with backoff.
             ApiUnreachable: It gave no answer; likewise.
         """
-        document = await self._observer.finetunejob(key)
+        document = await self._observer.workload(key)
         if document is None or "deletionTimestamp" in document["metadata"]:
             return None
         metadata, now = document["metadata"], self._clock()
-        previous = FineTuneJobStatus.model_validate(document.get("status", {}))
+        previous = key.kind.status.model_validate(document.get("status", {}))
         seen = await self._observer.run(key, metadata["uid"], previous, now)
         try:
-            job = parse_finetunejob({**document, "status": None})
+            workload = key.kind.parse({**document, "status": None})
         except InvalidDocument as error:
             problems = [str(problem) for problem in error.problems]
             decision = Decision(refuse_spec(previous, metadata["generation"], problems, now))
         else:
             if not is_finished(previous):
-                seen = replace(seen, references=await self._observer.references(key, job.spec, previous))
-            decision = decide(job, previous, seen, now, self._settings)
+                seen = replace(seen, references=await self._observer.references(key, workload.spec, previous))
+            decision = decide(workload, previous, seen, now, self._settings)
             match decision.action:
                 case CreateJob() as action:
-                    created = await self._applier.create_job(resolved(job, decision.status), action)
+                    created = await self._applier.create_job(resolved(workload, decision.status), action)
                     if not isinstance(created, Refusal) and self._hurried():
                         # Others still wait for their Jobs: the status is written on a second turn, as after a crash.
                         return 0.0
                     seen = (
                         replace(seen, refusal=created) if isinstance(created, Refusal) else replace(seen, job=created)
                     )
-                    decision = decide(job, previous, seen, self._clock(), self._settings)
+                    decision = decide(workload, previous, seen, self._clock(), self._settings)
                 case DeleteJobs() as action:
                     await self._applier.delete_jobs(key, action)
         return await self._finish(key, document, previous, seen, decision)
@@ -111,7 +112,7 @@ class Reconciler:
         self,
         key: Key,
         document: dict[str, Any],
-        previous: FineTuneJobStatus,
+        previous: RunStatus,
         seen: ObservedRun,
         decision: Decision,
     ) -> float | None:
@@ -119,13 +120,13 @@ class Reconciler:
         try:
             written = await self._applier.write_status(key, document, status)
         except Conflict:
-            # Somebody changed the FineTuneJob meanwhile: decide again from what is there now.
+            # Somebody changed the workload meanwhile: decide again from what is there now.
             return 0.0
         except NotFound:
             self._store.forget(key)
             return None
         if written:
-            _measure(previous, status, seen)
+            _measure(key.kind, previous, status, seen)
             self._store.drop_pods_before(key, current_attempt(status))
             if status.phase != previous.phase:
                 # The watch's echo of our own write is no news, so it wakes nobody.
@@ -136,14 +137,14 @@ class Reconciler:
         return decision.requeue_seconds
 
 
-def _measure(old: FineTuneJobStatus, new: FineTuneJobStatus, seen: ObservedRun) -> None:
+def _measure(kind: Kind, old: RunStatus, new: RunStatus, seen: ObservedRun) -> None:
     started = is_true(new.conditions, ConditionType.PODS_READY) and not is_true(
         old.conditions, ConditionType.PODS_READY
     )
     starts = [parse_time(pod.started_at) for pod in seen.pods if pod.started_at is not None]
     if started and seen.job is not None and starts:
         waited = max(starts) - parse_time(seen.job.created)
-        metrics.QUEUE_WAIT_SECONDS.observe(max(0.0, waited.total_seconds()))
+        metrics.QUEUE_WAIT_SECONDS.labels(kind.name).observe(max(0.0, waited.total_seconds()))
     if is_finished(new) and not is_finished(old) and new.start_time and new.completion_time:
         took = parse_time(new.completion_time) - parse_time(new.start_time)
-        metrics.RUN_DURATION_SECONDS.labels(new.phase).observe(max(0.0, took.total_seconds()))
+        metrics.RUN_DURATION_SECONDS.labels(kind.name, new.phase).observe(max(0.0, took.total_seconds()))

@@ -34,11 +34,11 @@ class Settings(BaseSettings):
     trainer_image: str = Field(
         default=f"tunewright/trainer:{version('tunewright')}",
         min_length=1,
-        description="Image of training pods whose FineTuneJob names none; by default of the operator's own version, "
-        "because the two share the run document.",
+        description="Image of pods whose spec names none; by default of the operator's own version, because the two "
+        "share the run document.",
     )
     trainer_image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = Field(
-        default="IfNotPresent", description="Pull policy of training pods: the image is several GB."
+        default="IfNotPresent", description="Pull policy of that image: it has several GB."
     )
     default_cpu: Quantity = Field(
         default="2", description="CPU request without one in the spec; tokenising and uploads use two cores."
@@ -53,6 +53,20 @@ class Settings(BaseSettings):
         default="1Gi", description="Size of /dev/shm without one in the spec: what the data loader's workers share."
     )
 
+    default_merge_cpu: Quantity = Field(
+        default="2", description="CPU request of a merge without one in the spec: one computes, one transfers."
+    )
+    default_merge_memory: Quantity = Field(
+        default="4Gi",
+        description="Memory request and limit of a merge without one in the spec: tensors stream through it, and the "
+        "check of the logits holds a layer of base and merged model at a time.",
+    )
+    default_merge_ephemeral_storage: Quantity = Field(
+        default="50Gi",
+        description="Disk request and limit of a merge without one in the spec: models from the Hub and GGUF files "
+        "pass through it.",
+    )
+
     storage_endpoint: str | None = Field(default=None, description="URL of the S3 service. Default: AWS.")
     storage_region: str = Field(default="us-east-1", description="Region of the S3 service; AWS's own default.")
     storage_path_style: bool = Field(
@@ -60,22 +74,22 @@ class Settings(BaseSettings):
     )
     storage_secret_name: ObjectName | None = Field(
         default=None,
-        description="Secret with S3 credentials in the FineTuneJob's namespace, used where a FineTuneJob names none. "
+        description="Secret with S3 credentials in the workload's namespace, used where its spec names none. "
         "Default: the pod's own cloud identity.",
     )
 
     hub_endpoint: str | None = Field(default=None, description="URL of the hub. Default: https://huggingface.co.")
     hub_secret_name: ObjectName | None = Field(
         default=None,
-        description="Secret with a Hub token (key `token`) in the FineTuneJob's namespace, used where a FineTuneJob "
-        "that uses the platform's hub names none. Default: none; it may be missing: public models need no token.",
+        description="Secret with a Hub token (key `token`) in the workload's namespace, used where a spec that uses "
+        "the platform's hub names none. Default: none; it may be missing: public models need no token.",
     )
 
     concurrency: int = Field(
         default=16,
         ge=1,
         le=256,
-        description="FineTuneJobs reconciled at once; 16 requests in flight keep a small API server busy.",
+        description="Workloads reconciled at once; 16 requests in flight keep a small API server busy.",
     )
     resync_seconds: float = Field(
         default=600,

@@ -1,6 +1,6 @@
 """What the watches have delivered, trimmed to what decisions need. No I/O, one event loop, no locks.
 
-A finetunejob is kept as JSON text, a tenth of the size of the dictionaries in it; of a finished one only its version
+A workload is kept as JSON text, a tenth of the size of the dictionaries in it; of a finished one only its version
 and phase are kept. Deciding from here is safe where a stale object leads only to a refused request (a Job is created
 by its one name, a status is written against the version it was read in) or to another look; that something is *not*
 there is always asked of the API server.
@@ -13,33 +13,22 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-from tunewright_operator.constants import LABEL_FINETUNEJOB
+from tunewright_operator.kinds import KINDS, Key, Kind
 from tunewright_operator.observed import ObservedJob, ObservedPod, parse_job, parse_pod
 
 Raw = Mapping[str, Any]
 
 
-class Key(NamedTuple):
-    """A FineTuneJob."""
-
-    namespace: str
-    name: str
-
-    def __str__(self) -> str:
-        """Return the key as people write it."""
-        return f"{self.namespace}/{self.name}"
-
-
 @dataclass(slots=True)
 class Entry:
-    """All that is known of one FineTuneJob."""
+    """All that is known of one workload."""
 
     version: int = 0
     """resourceVersion of the newest state seen or written."""
     text: str | None = None
-    """The FineTuneJob as JSON; None when it must be read live, or is finished."""
+    """The workload as JSON; None when it must be read live, or is finished."""
     phase: str = ""
     finished: bool = False
     has_ttl: bool = False
@@ -62,7 +51,7 @@ class Store:
     def __init__(self) -> None:
         self._entries: dict[Key, Entry] = {}
         self._awaited_by: dict[Key, set[Key]] = {}
-        """FineTuneJobs that need the result of a key, which may not exist yet."""
+        """Workloads that need the result of a key, which may not exist yet."""
         self._waits_for: dict[Key, tuple[Key, ...]] = {}
         """The same the other way round."""
 
@@ -75,7 +64,7 @@ class Store:
         return self._entries.get(key)
 
     def forget(self, key: Key) -> None:
-        """Drop all that is known of a FineTuneJob."""
+        """Drop all that is known of a workload."""
         self._entries.pop(key, None)
         self.wait_for(key, ())
 
@@ -83,15 +72,16 @@ class Store:
         """Return all keys."""
         return iter(list(self._entries))
 
-    def put_finetunejob(self, raw: Raw, *, written: bool = False) -> Key | None:
-        """Take over a FineTuneJob; return its key when it is news.
+    def put_workload(self, kind: Kind, raw: Raw, *, written: bool = False) -> Key | None:
+        """Take over a FineTuneJob or AdapterMerge; return its key when it is news.
 
         Args:
+            kind: Which of them it is.
             raw: The object.
             written: It is the answer to our own write: the watch will show it again, which is then no news.
         """
         metadata = raw["metadata"]
-        key = Key(metadata["namespace"], metadata["name"])
+        key = Key(kind, metadata["namespace"], metadata["name"])
         entry = self.entry(key)
         version = int(metadata["resourceVersion"])
         if entry.awaited is not None and version >= entry.awaited[0]:
@@ -113,9 +103,9 @@ class Store:
             entry.text = json.dumps(_trimmed(raw), separators=(",", ":"))
         return key
 
-    def drop_finetunejob(self, raw: Raw) -> Key:
-        """Forget a deleted FineTuneJob and return its key."""
-        key = Key(raw["metadata"]["namespace"], raw["metadata"]["name"])
+    def drop_workload(self, kind: Kind, raw: Raw) -> Key:
+        """Forget a deleted workload and return its key."""
+        key = Key(kind, raw["metadata"]["namespace"], raw["metadata"]["name"])
         self.forget(key)
         return key
 
@@ -154,7 +144,7 @@ class Store:
             entry.pods = {name: pod for name, pod in entry.pods.items() if pod.attempt >= attempt}
 
     def wait_for(self, key: Key, others: Iterable[Key]) -> None:
-        """Note whose results a FineTuneJob waits for, in place of what was noted before."""
+        """Note whose results a workload waits for, in place of what was noted before."""
         for other in self._waits_for.pop(key, ()):
             self._awaited_by[other].discard(key)
             if not self._awaited_by[other]:
@@ -166,11 +156,11 @@ class Store:
             self._awaited_by.setdefault(other, set()).add(key)
 
     def awaited_by(self, key: Key) -> tuple[Key, ...]:
-        """Return the FineTuneJobs that wait for the result of a key."""
-        return tuple(sorted(self._awaited_by.get(key, ())))
+        """Return the workloads that wait for the result of a key."""
+        return tuple(sorted(self._awaited_by.get(key, ()), key=str))
 
     def circle(self, key: Key) -> tuple[Key, ...]:
-        """Return the way from a FineTuneJob along what each one waits for back to itself; empty where there is none."""
+        """Return the way from a workload along what each one waits for back to itself; empty where there is none."""
         visited: set[Key] = set()
         line: list[tuple[Key, ...]] = [(key,)]
         while line:
@@ -183,9 +173,11 @@ class Store:
                     line.append((*way, other))
         return ()
 
-    def phases(self) -> Counter[tuple[str, str]]:
-        """Count FineTuneJobs by namespace and phase."""
-        return Counter((key.namespace, entry.phase or "Pending") for key, entry in self._entries.items())
+    def phases(self, kind: Kind) -> Counter[tuple[str, str]]:
+        """Count the workloads of a kind by namespace and phase."""
+        return Counter(
+            (key.namespace, entry.phase or "Pending") for key, entry in self._entries.items() if key.kind is kind
+        )
 
     def longest_awaited(self) -> float:
         """Return for how many seconds the watch has owed us the echo of a write of our own."""
@@ -194,10 +186,12 @@ class Store:
 
 
 def owner_key(raw: Raw) -> Key | None:
-    """Return the FineTuneJob that a Job or pod says it belongs to."""
+    """Return the workload that a Job or pod says it belongs to."""
     metadata = raw["metadata"]
-    name = metadata.get("labels", {}).get(LABEL_FINETUNEJOB)
-    return Key(metadata["namespace"], name) if name else None
+    labels = metadata.get("labels", {})
+    return next(
+        (Key(kind, metadata["namespace"], labels[kind.label]) for kind in KINDS if labels.get(kind.label)), None
+    )
 
 
 _KEPT = ("name", "namespace", "uid", "generation", "resourceVersion", "creationTimestamp", "deletionTimestamp")

@@ -6,7 +6,7 @@ import argparse
 import subprocess
 import sys
 
-from tests.cluster import DEFAULT_NAME, Cluster, down, find, gobuild, images, paths, processes, up
+from tests.cluster import DEFAULT_NAME, Cluster, down, find, gguftools, gobuild, images, paths, processes, up
 
 
 def main(arguments: list[str]) -> int:
@@ -31,6 +31,7 @@ def _parser() -> argparse.ArgumentParser:
         ("down", "end a cluster and remove everything it made but the caches"),
         ("status", "say what runs"),
         ("kubeconfig", "print the path of the kubeconfig"),
+        ("gguf-tools", "build the tools of the GGUF export; prints their folder"),
         ("images", "build the operator and trainer images; push them if a cluster runs"),
         ("load-image", "push an image to the cluster's registry; prints its name there"),
     ):
@@ -55,6 +56,8 @@ def _run(options: argparse.Namespace) -> int:
         return _status(options.name)
     elif options.command == "kubeconfig":
         print(_running(options.name).kubeconfig)
+    elif options.command == "gguf-tools":
+        print(gguftools.build().folder)
     elif options.command == "images":
         _images(options.name)
     elif options.command == "load-image":

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.cluster import debian, paths, registry
+from tests.cluster import debian, gguftools, paths, registry
 
 BASE_IMAGE = "localhost/debian-python:bookworm"
 """Debian 12 with its Python 3.11, the counterpart of python:3.12-slim where no registry of images can be reached."""
@@ -24,7 +24,10 @@ _DEBIAN = "bookworm"
 _BASE_PACKAGES = "python3,python3-venv,ca-certificates"
 
 # What both Dockerfiles copy; .dockerignore lets the same through.
-_INPUTS = ("pyproject.toml", "constraints.txt", "README.md", "LICENSE", "operator", "trainer_image/tunewright_trainer")
+_INPUTS = (
+    *("pyproject.toml", "constraints.txt", "README.md", "LICENSE", "operator"),
+    *("trainer_image/tunewright_trainer", "trainer_image/gguf"),
+)
 
 _AUTHORITIES = "/etc/ssl/certs/ca-certificates.crt"
 """Debian's bundle of certificate authorities; its place in the base image."""
@@ -43,11 +46,13 @@ def build_trainer_image() -> str:
     """Returns the name of the trainer image for the code as it is, built if it is not there.
 
     The first build takes some minutes and 6 GB for PyTorch; later ones reuse that layer while the pins are the same.
+    The GGUF tools are compiled outside of it, once for the image and the tests.
 
     Raises:
         RuntimeError: a system package is missing or the build failed; the message carries the end of its output.
     """
-    return _build("tunewright-trainer", "trainer_image/Dockerfile")
+    tools = gguftools.build()
+    return _build("tunewright-trainer", "trainer_image/Dockerfile", f"--volume={tools.folder}:/prebuilt:ro")
 
 
 def content_tag(dockerfile: str) -> str:
@@ -99,7 +104,7 @@ def load(image: str, address: str) -> str:
     return remote
 
 
-def _build(name: str, dockerfile: str) -> str:
+def _build(name: str, dockerfile: str, *mounts: str) -> str:
     with paths.locked(paths.cache() / "images.lock"):
         # A copy, so that the tag is true even when somebody edits a file during the build.
         context = _copy_inputs(dockerfile)
@@ -116,6 +121,7 @@ def _build(name: str, dockerfile: str) -> str:
             f"--build-arg=BASE_IMAGE={BASE_IMAGE}",
             "--build-arg=UV_NO_CACHE=0",
             *_build_mounts(),
+            *mounts,
             f"--file={context / dockerfile}",
             f"--tag={image}",
         ]

@@ -9,6 +9,7 @@ runs:
     registry/         pushed images; kept for the same reason
     images/           buildah's storage and the Debian base folder
     models/           converted models
+    gguf-tools/       what llama.cpp's sources made, keyed by their pin and the recipe
 """
 
 from __future__ import annotations

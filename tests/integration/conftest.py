@@ -53,6 +53,17 @@ def finetunejob(name: str, **changes: Any) -> Document:
     return {"apiVersion": "tunewright.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": name}, "spec": spec}
 
 
+def adaptermerge(name: str, **changes: Any) -> Document:
+    """Return a valid AdapterMerge; `changes` replace parts of its spec."""
+    spec: Document = {
+        "adapters": [{"uri": "s3://models/adapter"}],
+        "output": {"uri": f"s3://models/{name}"},
+        "storage": {"secretName": "s3-credentials"},
+    }
+    spec.update(copy.deepcopy(changes))
+    return {"apiVersion": "tunewright.dev/v1alpha1", "kind": "AdapterMerge", "metadata": {"name": name}, "spec": spec}
+
+
 def wait(condition: Callable[[], Any], what: str, limit: float = 40) -> Any:
     """Poll until `condition()` is true and return its value."""
     deadline = time.monotonic() + limit
@@ -78,11 +89,17 @@ def tls_of(kubeconfig: Path) -> tuple[str, ssl.SSLContext]:
 
 
 class Api:
-    """The API server, for an administrator, in one namespace."""
+    """The API server, for an administrator, in one namespace; names without a kind are of `workloads`."""
 
-    def __init__(self, client: httpx.Client, namespace: str) -> None:
+    def __init__(self, client: httpx.Client, namespace: str, workloads: str = "finetunejobs") -> None:
         self.client = client
         self.namespace = namespace
+        self.workloads = workloads
+
+    @property
+    def merges(self) -> Api:
+        """The same, with names of AdapterMerges."""
+        return Api(self.client, self.namespace, "adaptermerges")
 
     def call(self, method: str, path: str, document: Document | None = None, **options: Any) -> Document:
         """Make a request that must succeed."""
@@ -93,14 +110,13 @@ class Api:
 
     def path(self, kind: str, name: str = "") -> str:
         """Return the path of an object or of all objects of a kind."""
-        group = {"finetunejobs": GROUP, "jobs": "/apis/batch/v1", "pods": "/api/v1", "events": "/api/v1"}.get(
-            kind, "/api/v1"
-        )
+        group = {"finetunejobs": GROUP, "adaptermerges": GROUP, "jobs": "/apis/batch/v1"}.get(kind, "/api/v1")
         return f"{group}/namespaces/{self.namespace}/{kind}" + (f"/{name}" if name else "")
 
     def create(self, document: Document) -> Document:
-        """Create a FineTuneJob."""
-        return self.call("POST", self.path("finetunejobs"), document, params={"fieldValidation": "Strict"})
+        """Create a FineTuneJob or an AdapterMerge."""
+        path = self.path(f"{document['kind'].lower()}s")
+        return self.call("POST", path, document, params={"fieldValidation": "Strict"})
 
     def get(self, kind: str, name: str) -> Document | None:
         """Return an object, None when it is not there."""
@@ -126,8 +142,8 @@ class Api:
         self.call("DELETE", self.path(kind, name), {"propagationPolicy": "Background", **options})
 
     def status(self, name: str) -> Document:
-        """Return the status of a FineTuneJob."""
-        document = self.get("finetunejobs", name)
+        """Return the status of a workload."""
+        document = self.get(self.workloads, name)
         assert document is not None
         found: Document = document.get("status", {})
         return found
@@ -137,8 +153,13 @@ class Api:
         return next((c for c in self.status(name).get("conditions", []) if c["type"] == kind), {})
 
     def reasons(self, name: str) -> list[str]:
-        """Return the reasons of the events of a FineTuneJob, in order."""
-        events = [e for e in self.items("events") if e["involvedObject"]["name"] == name]
+        """Return the reasons of the events of a workload, in order."""
+        about = (self.workloads.removesuffix("s"), name)
+        events = [
+            e
+            for e in self.items("events")
+            if (e["involvedObject"]["kind"].lower(), e["involvedObject"]["name"]) == about
+        ]
         return [e["reason"] for e in sorted(events, key=lambda e: e["eventTime"] or "")]
 
     def until(self, name: str, condition: Callable[[Document], Any], limit: float = 40) -> Document:
@@ -151,7 +172,7 @@ class Api:
 
     def pod(self, name: str, attempt: int = 1, node: int | None = None) -> Document:
         """Wait for the pod of an attempt, or of one of its nodes."""
-        selector = f"tunewright.dev/finetunejob={name},tunewright.dev/attempt={attempt}"
+        selector = f"tunewright.dev/{self.workloads.removesuffix('s')}={name},tunewright.dev/attempt={attempt}"
         if node is not None:
             selector += f",batch.kubernetes.io/job-completion-index={node}"
         found: Document = wait(lambda: self.items("pods", selector), f"pod of {name}, attempt {attempt}")[0]

@@ -148,7 +148,7 @@ def test_health_and_metrics(api: Api, operator: Operator) -> None:
     api.until("bot", lambda s: s.get("jobRef"))
     assert operator.get("/healthz") == "ok"
     text = operator.get("/metrics")
-    assert f'tunewright_finetunejobs{{namespace="{api.namespace}",phase="Pending"}} 1.0' in text
+    assert f'tunewright_workloads{{kind="FineTuneJob",namespace="{api.namespace}",phase="Pending"}} 1.0' in text
     assert 'tunewright_reconcile_total{result="ok"}' in text
 
 

@@ -12,9 +12,21 @@ TRAIN = [{"uri": "s3://datasets/train.jsonl"}]
 PREFIX = "tunewright.dev/"
 
 
+_VALID: dict[str, Document] = {
+    "FineTuneJob": {
+        "model": {"uri": "hf://organisation/name"},
+        "dataset": {"train": TRAIN},
+        "method": {"type": "LoRA"},
+        "output": {"uri": "s3://models/case"},
+    },
+    "AdapterMerge": {"adapters": [{"fineTuneJob": "other"}], "output": {"uri": "s3://models/case"}},
+}
+"""The smallest valid spec of each kind."""
+
+
 @dataclass(frozen=True)
 class Case:
-    """A FineTuneJob that differs from a valid one in `changes`."""
+    """An object that differs from a valid one of its kind in `changes`."""
 
     name: str
     accepted: bool
@@ -23,19 +35,19 @@ class Case:
     part: str = ""
     """What a refusal must say, in Python and on the server: the rule's own message, or the field's path."""
     job_name: str = "case"
+    kind: str = "FineTuneJob"
+
+    @property
+    def plural(self) -> str:
+        """Name of the kind in paths of the API server."""
+        return f"{self.kind.lower()}s"
 
     def document(self) -> Document:
-        """Return the FineTuneJob."""
-        spec: Document = {
-            "model": {"uri": "hf://organisation/name"},
-            "dataset": {"train": TRAIN},
-            "method": {"type": "LoRA"},
-            "output": {"uri": "s3://models/case"},
-        }
-        spec.update(copy.deepcopy(self.changes))
+        """Return the object."""
+        spec = {**copy.deepcopy(_VALID[self.kind]), **copy.deepcopy(self.changes)}
         return {
             "apiVersion": "tunewright.dev/v1alpha1",
-            "kind": "FineTuneJob",
+            "kind": self.kind,
             "metadata": {"name": self.job_name},
             "spec": {key: value for key, value in spec.items() if value is not None},
         }

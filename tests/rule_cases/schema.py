@@ -172,7 +172,7 @@ SCHEMA = (
 )
 """Bounds and types of the schema."""
 
-UNKNOWN_FIELDS = (
+FINETUNEJOB_UNKNOWN_FIELDS = (
     ({"hyperparameters": {"learningrate": 1e-4}}, "learningrate", "learningRate"),
     ({"outptu": {"uri": "s3://b/x"}}, "outptu", "output"),
     ({"pod": {"securityContext": {"privileged": True}}}, "securityContext", None),

@@ -1,6 +1,6 @@
 """Entry point of the trainer image: `python -m tunewright_trainer`, everything by environment.
 
-TUNEWRIGHT_RUN               the TrainRun document, JSON
+TUNEWRIGHT_RUN               the TrainRun or MergeRun document, JSON
 TUNEWRIGHT_WRITER            UID of the pod; its first 8 hex digits name the folder of the result
 TUNEWRIGHT_WORK              work folder, default /work
 TUNEWRIGHT_TERMINATION_LOG   default /dev/termination-log
@@ -10,6 +10,7 @@ AWS_*                        credentials of the S3 service
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -21,9 +22,11 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from tunewright_api.exit_codes import ExitCode
+from tunewright_api.merge_run import MergeRun
 from tunewright_api.run_config import RUN_ENVIRONMENT_VARIABLE, TrainRun
 from tunewright_api.run_report import Progress
 from tunewright_trainer import reports, supervisor
+from tunewright_trainer.attempt import Run, write_report
 from tunewright_trainer.errors import InternalError, InvalidConfiguration, TrainerError
 from tunewright_trainer.run_log import Redactor
 from tunewright_trainer.settings import SupervisorSettings
@@ -49,7 +52,7 @@ def main() -> int:
     progress = Progress(stage="Starting", updated_at=now())
     report = reports.failed(failure, progress, None, redact(str(failure)))
     sys.stdout.write(f"failed: {report.reason} (exit code {report.exit_code}): {report.message}\n")
-    supervisor.write_report(report, settings)
+    write_report(report, settings)
     return report.exit_code
 
 
@@ -65,8 +68,8 @@ def read_settings(environment: Mapping[str, str]) -> SupervisorSettings:
     )
 
 
-def read_run(environment: Mapping[str, str]) -> TrainRun:
-    """Return the run document.
+def read_run(environment: Mapping[str, str]) -> Run:
+    """Return the run document, of the kind that it says.
 
     Raises:
         InvalidConfiguration: There is none, or it is not one that this trainer understands.
@@ -74,13 +77,22 @@ def read_run(environment: Mapping[str, str]) -> TrainRun:
     text = environment.get(RUN_ENVIRONMENT_VARIABLE)
     if text is None:
         raise InvalidConfiguration(f"{RUN_ENVIRONMENT_VARIABLE} is not set: the operator sets it to the run document")
+    kind: type[Run] = MergeRun if _kind_of(text) == "MergeRun" else TrainRun
     try:
-        return TrainRun.model_validate_json(text)
+        return kind.model_validate_json(text)
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
         raise InvalidConfiguration(
             f"{RUN_ENVIRONMENT_VARIABLE} does not fit this trainer; is its image of the operator's version? {problems}"
         ) from None
+
+
+def _kind_of(text: str) -> object:
+    try:
+        document = json.loads(text)
+    except ValueError:
+        return None
+    return document.get("kind") if isinstance(document, dict) else None
 
 
 if __name__ == "__main__":

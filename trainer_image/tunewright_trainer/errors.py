@@ -4,7 +4,8 @@ TrainerError
 ├── InvalidInput            20  the same input fails again: never retried
 │   ├── InvalidData             rows, or a file of rows
 │   ├── InvalidModel            the base model's files
-│   ├── InvalidAdapter          the adapter to go on from
+│   ├── InvalidAdapter          the adapter to go on from, or to merge
+│   ├── MergeRejected           a merged model did not pass a check
 │   ├── InvalidConfiguration    the run document, alone or against the hardware
 │   ├── RewardFunctionFailed    a reward function of the user's own
 │   ├── MissingBucket
@@ -61,9 +62,15 @@ class InvalidModel(InvalidInput):
 
 
 class InvalidAdapter(InvalidInput):
-    """The adapter of model.continueFrom is damaged, no adapter, or not one of this model and method."""
+    """An adapter to go on from or to merge is damaged, no adapter, or not one of this model and method."""
 
     reason = "InvalidAdapter"
+
+
+class MergeRejected(InvalidInput):
+    """A merged model is not base and adapter. The same merge would give the same files, so that it is never retried."""
+
+    reason = "VerificationFailed"
 
 
 class InvalidConfiguration(InvalidInput):

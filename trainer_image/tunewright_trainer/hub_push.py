@@ -12,6 +12,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
 
+from tunewright_api.merge_run import MergeRun
 from tunewright_api.run_config import TrainRun
 from tunewright_api.v1alpha1.finetunejob import HubOutput
 from tunewright_trainer import documents
@@ -25,8 +26,8 @@ WEIGHTS = (".safetensors", ".safetensors.index.json")
 CARD = "README.md"
 
 
-def check(run: TrainRun, stop: Stop, *, retry_seconds: float = RETRY_SECONDS) -> None:
-    """Make sure, before anything is trained, that the token may write where the result is to go.
+def check(run: TrainRun | MergeRun, stop: Stop, *, retry_seconds: float = RETRY_SECONDS) -> None:
+    """Make sure, before anything large is done, that the token may write where the result is to go.
 
     Raises:
         AccessDenied: There is no token, it is not valid, or it may not write there.
@@ -61,7 +62,7 @@ def _check_owner(api: HfApi, target: HubOutput, subject: Subject) -> None:
 
 
 def push(
-    run: TrainRun,
+    run: TrainRun | MergeRun,
     published: Published,
     fetch: Callable[[], Path],
     stop: Stop,
@@ -129,7 +130,7 @@ def _find_commit(api: HfApi, repository: str, branch: str, digest: str) -> str |
     return next((commit.commit_id for commit in commits if digest in commit.message), None)
 
 
-def _commit(api: HfApi, run: TrainRun, published: Published, folder: Path) -> str:
+def _commit(api: HfApi, run: TrainRun | MergeRun, published: Published, folder: Path) -> str:
     target = _target(run)
     branch = target.revision or DEFAULT_BRANCH
     files = output_files(folder)
@@ -157,7 +158,7 @@ def _commit(api: HfApi, run: TrainRun, published: Published, folder: Path) -> st
     return info.oid
 
 
-def _target(run: TrainRun) -> HubOutput:
+def _target(run: TrainRun | MergeRun) -> HubOutput:
     assert run.hub_output is not None
     return run.hub_output
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tunewright_trainer.errors import AccessDenied, MissingFile
+from tunewright_trainer.errors import AccessDenied, MissingFile, StorageUnavailable
+from tunewright_trainer.stream_writer import StreamWriter
 from tunewright_trainer.transfer import Advance, StoredFile
 
 COPY_BYTES = 4 * 1024 * 1024
@@ -47,6 +48,23 @@ class Folder:
                 return None
             with path.open("rb") as file:
                 return file.read(limit_bytes + 1), _describe(path, path.name).version
+
+    def read_range(self, uri: str, path: Path, file: StoredFile, start: int, length: int) -> bytes:
+        """Return exactly `length` bytes of a file in the version that was described.
+
+        Raises:
+            MissingFile: There is no such file any more.
+            StorageUnavailable: It was replaced meanwhile.
+        """
+        with _translated(uri, path), path.open("rb") as opened:
+            if _describe(path, path.name).version != file.version:
+                raise StorageUnavailable(f"{uri}: the file changed while it was read")
+            return os.pread(opened.fileno(), length, start)
+
+    def writer(self, uri: str, path: Path, size_bytes: int) -> StreamWriter:
+        """Begin a file of known size that is in its place only when it is whole; it replaces what stands there."""
+        with _translated(uri, path):
+            return StreamWriter(FileTarget(path), size_bytes)
 
     def put(self, uri: str, path: Path, data: bytes, *, replaces: str | None) -> bool:
         """Write a small file whole or not at all.
@@ -98,6 +116,40 @@ class Folder:
         with _translated(uri, path):
             if path.is_dir():
                 shutil.rmtree(path)
+
+
+class FileTarget:
+    """The parts of one file, beside its place until all are there; see PartTarget."""
+
+    part_bytes = COPY_BYTES
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        self._temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+        self._file = self._temporary.open("xb", buffering=0)
+
+    def put(self, number: int, data: bytearray) -> None:
+        """Store a part.
+
+        Raises:
+            OSError: ENOSPC among others.
+        """
+        view, position = memoryview(data), number * self.part_bytes
+        while view:
+            written = os.pwrite(self._file.fileno(), view, position)
+            view, position = view[written:], position + written
+
+    def complete(self) -> None:
+        """Put the file in its place once its bytes are on the disk."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._temporary.replace(self._path)
+
+    def abort(self) -> None:
+        """Remove the parts."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
 
 
 def _walk(top: Path) -> Iterator[StoredFile]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from tunewright_trainer.transfer import StoredFile
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
-_SHARD = re.compile(r"^model-.+\.safetensors$")
-_SIDE_FILES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+SHARD = re.compile(r"^model-.+\.safetensors$")
+"""Names of weight files beside an index."""
+SIDE_FILES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 """Configuration and tokenizer. Never *.py (code) and never *.bin, *.pt, *.pkl (pickles run code when they are read)."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TOKENIZERS = (
@@ -48,16 +49,16 @@ def select_files(uri: str, files: Iterable[StoredFile]) -> list[StoredFile]:
     if CONFIG not in top:
         raise InvalidModel(f"{uri}: no {CONFIG}: {_what_instead(top)}")
     if WEIGHTS_INDEX in top:
-        weights = [name for name in top if _SHARD.match(name)]
+        weights = [name for name in top if SHARD.match(name)]
     else:
         weights = [WEIGHTS] if WEIGHTS in top else []
     if not weights:
-        raise InvalidModel(f"{uri}: no {WEIGHTS}: {_other_weights(top)}")
+        raise InvalidModel(f"{uri}: no {WEIGHTS}: {other_weights(top)}")
     if not any(all(name in top for name in names) for names in _TOKENIZERS):
         raise InvalidModel(
             f"{uri}: no tokenizer: tokenizer.json (or tokenizer.model, or vocab.json with merges.txt) is missing"
         )
-    side_files = [name for name in top if name.endswith(_SIDE_FILES) and not name.startswith("pytorch_model")]
+    side_files = [name for name in top if name.endswith(SIDE_FILES) and not name.startswith("pytorch_model")]
     return [top[name] for name in sorted({*side_files, *weights})]
 
 
@@ -67,14 +68,15 @@ def _what_instead(names: Iterable[str]) -> str:
     return f"there are {_listed(names)}"
 
 
-def _other_weights(names: Iterable[str]) -> str:
+def other_weights(names: Iterable[str]) -> str:
+    """Say what weights a folder has where it has none that are loaded, for messages."""
     pickles = [name for name in names if name.endswith(_PICKLES)]
     if pickles:
         return f"the weights are pickles ({_listed(pickles)}), which are never loaded: convert the model to safetensors"
     tensors = [name for name in names if name.endswith(".safetensors")]
     if tensors:
         return f"the weights have other names ({_listed(tensors)})" + (
-            f", and {WEIGHTS_INDEX} is missing" if any(map(_SHARD.match, tensors)) else ""
+            f", and {WEIGHTS_INDEX} is missing" if any(map(SHARD.match, tensors)) else ""
         )
     return f"there are {_listed(names)}"
 
@@ -108,7 +110,7 @@ def _shards(uri: str, folder: Path) -> list[str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise InvalidModel(f"{uri}/{WEIGHTS_INDEX}: no weight_map")
     names = sorted({str(name) for name in weight_map.values()})
-    strange = [name for name in names if not _SHARD.match(name) or "/" in name or "\\" in name]
+    strange = [name for name in names if not SHARD.match(name) or "/" in name or "\\" in name]
     if strange:
         raise InvalidModel(
             f"{uri}/{WEIGHTS_INDEX}: names {_listed(strange)}, which is no model-*.safetensors beside it"
@@ -136,21 +138,34 @@ def read_header(uri: str, path: Path) -> dict[str, Any]:
     Raises:
         InvalidModel: What is wrong.
     """
-    size = path.stat().st_size
     with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= min(MAX_HEADER_BYTES, size):
-            raise InvalidModel(f"{uri}/{path.name}: not a safetensors file ({size} bytes{_lfs_hint(size)})")
-        header = file.read(length)
+        return parse_header(f"{uri}/{path.name}", path.stat().st_size, lambda _, length: file.read(length))[0]
+
+
+def parse_header(place: str, size: int, read: Callable[[int, int], bytes]) -> tuple[dict[str, Any], int]:
+    """Return the tensors that a safetensors file's header names and the offset of their bytes in the file.
+
+    Args:
+        place: The file, for messages.
+        size: Bytes of the file.
+        read: Gives bytes of the file by offset and length; called with ascending offsets.
+
+    Raises:
+        InvalidModel: What is wrong.
+    """
+    prefix = read(0, min(8, size))
+    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+    if not 2 <= length <= min(MAX_HEADER_BYTES, size):
+        raise InvalidModel(f"{place}: not a safetensors file ({size} bytes{_lfs_hint(size)})")
     try:
-        tensors = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+        header = json.loads(read(8, min(length, size - 8)))
+        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
         end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-        raise InvalidModel(f"{uri}/{path.name}: the safetensors header is damaged") from None
+        raise InvalidModel(f"{place}: the safetensors header is damaged") from None
     if size != 8 + length + end:
-        raise InvalidModel(f"{uri}/{path.name}: truncated: {size} bytes, the header asks for {8 + length + end}")
-    return tensors
+        raise InvalidModel(f"{place}: truncated: {size} bytes, the header asks for {8 + length + end}")
+    return tensors, 8 + length
 
 
 def _lfs_hint(size: int) -> str:

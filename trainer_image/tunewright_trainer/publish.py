@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,9 @@ from tunewright_trainer.transfer import Advance, ignore
 from tunewright_trainer.wandb import FILE_SUFFIX as OFFLINE_RUN_SUFFIX
 
 PARALLEL_UPLOADS = 4
+MERGED_FOLDER = "merged"
+GGUF_FOLDER = "gguf"
+GGUF_SUFFIX = ".gguf"
 PUBLISHED_SUFFIXES = (".safetensors", ".json", ".jsonl", ".md", ".txt", ".jinja", ".log", OFFLINE_RUN_SUFFIX)
 PUBLISHED_NAMES = ("tokenizer.model", "spiece.model")
 """Text, tensors and SentencePiece tables. Never a pickle: whoever loads one runs what its writer wanted."""
@@ -104,11 +107,16 @@ def _verify_sizes(storage: Storage, folder: str, manifest: Manifest) -> None:
 
 
 def _output(folder: str, manifest: Manifest, data: bytes) -> PublishedOutput:
+    merged = f"{manifest.writer}/{MERGED_FOLDER}"
+    has_merged = manifest.root != merged and any(file.path.startswith(f"{merged}/") for file in manifest.files)
+    gguf = [join(folder, file.path) for file in manifest.files if file.path.endswith(GGUF_SUFFIX)]
     return PublishedOutput(
         uri=join(folder, manifest.root),
         manifest_uri=join(folder, MANIFEST_NAME),
         digest=digest_of(data),
         size_bytes=manifest.size_bytes,
+        merged_uri=join(folder, merged) if has_merged else None,
+        gguf_uris=gguf or None,
     )
 
 
@@ -124,28 +132,40 @@ class Result:
     files: Mapping[str, Path]
     """Local files by their name in the writer's folder."""
     metrics: Mapping[str, Any]
+    stored: Sequence[ManifestFile] = ()
+    """Files that are in the writer's folder already; their paths are relative to it."""
+    verification: Mapping[str, Any] | None = None
+    """What was proved of a merged model."""
 
 
 def publish(
     storage: Storage, output_uri: str, result: Result, advance: Advance = ignore, say: Callable[[str], None] = print
 ) -> tuple[Published, bool]:
-    """Upload the files of a result and make it valid.
+    """Upload the local files of a result and make it valid; see `store` and `make_valid`."""
+    return make_valid(storage, output_uri, store(storage, output_uri, result, advance), say)
+
+
+def store(storage: Storage, output_uri: str, result: Result, advance: Advance = ignore) -> Manifest:
+    """Upload the local files of a result.
 
     Args:
         storage: Where to.
         output_uri: The user's output folder.
         result: What.
         advance: Told the bytes uploaded.
-        say: Told what a reader of the log should know.
 
     Returns:
-        The published result, and whether it is another writer's that was there first.
+        The manifest that would make it valid.
 
     Raises:
         StorageUnavailable: Storage does not hold what was uploaded.
     """
     folder = join(output_uri, result.run_key)
-    files = _upload(storage, join(folder, result.writer), result, advance)
+    uploaded = _upload(storage, join(folder, result.writer), result, advance)
+    files = [
+        file.model_copy(update={"path": f"{result.writer}/{file.path}"})
+        for file in sorted((*result.stored, *uploaded), key=lambda file: file.path)
+    ]
     manifest = Manifest(
         kind=result.kind,
         run_key=result.run_key,
@@ -154,16 +174,37 @@ def publish(
         created_at=now(),
         files=files,
         metrics=dict(result.metrics),
+        verification=dict(result.verification) if result.verification is not None else None,
     )
     try:
         _verify_sizes(storage, folder, manifest)
     except CorruptArtifact as error:
         raise StorageUnavailable(f"the upload is not complete: {error}") from None
+    return manifest
+
+
+def make_valid(
+    storage: Storage, output_uri: str, manifest: Manifest, say: Callable[[str], None] = print
+) -> tuple[Published, bool]:
+    """Put the manifest of a stored result in its place.
+
+    After an error nobody knows whether it is there: the files must stay.
+
+    Args:
+        storage: Where to.
+        output_uri: The user's output folder.
+        manifest: Of the stored files.
+        say: Told what a reader of the log should know.
+
+    Returns:
+        The published result, and whether it is another writer's that was there first.
+    """
+    folder = join(output_uri, manifest.run_key)
     first = _put_manifest(storage, output_uri, manifest, say)
     if first is not None:
-        storage.delete_folder(join(folder, result.writer))
+        storage.delete_folder(join(folder, manifest.writer))
         return first, True
-    latest = Latest(run_key=result.run_key, manifest=f"{result.run_key}/{MANIFEST_NAME}", updated_at=now())
+    latest = Latest(run_key=manifest.run_key, manifest=f"{manifest.run_key}/{MANIFEST_NAME}", updated_at=now())
     storage.put(join(output_uri, LATEST_NAME), latest.model_dump_json(by_alias=True, indent=2).encode(), replaces="*")
     return Published(manifest, _output(folder, manifest, manifest.to_bytes())), False
 
@@ -173,7 +214,7 @@ def _upload(storage: Storage, folder: str, result: Result, advance: Advance) -> 
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         storage.upload(path, join(folder, name), advance)
-        return ManifestFile(path=f"{result.writer}/{name}", bytes=path.stat().st_size, sha256=digest)
+        return ManifestFile(path=name, bytes=path.stat().st_size, sha256=digest)
 
     with ThreadPoolExecutor(PARALLEL_UPLOADS, "upload") as pool:
         return list(pool.map(upload, *zip(*sorted(result.files.items()), strict=True)))

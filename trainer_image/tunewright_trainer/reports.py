@@ -5,7 +5,7 @@ from __future__ import annotations
 from tunewright_api.conditions import Reason
 from tunewright_api.exit_codes import ExitCode
 from tunewright_api.run_config import TrainRun
-from tunewright_api.run_report import EvaluationResult, Progress, RunReport
+from tunewright_api.run_report import EvaluationResult, MergePlan, MergeVerification, Progress, RunReport
 from tunewright_trainer.documents import Finished, metrics
 from tunewright_trainer.errors import TrainerError, fate_of
 from tunewright_trainer.publish import Published
@@ -64,11 +64,12 @@ def took_part(run: TrainRun, node_rank: int, run_key: str | None) -> RunReport:
 def cached(published: Published) -> RunReport:
     """Return the report of a run whose result was there already."""
     numbers = published.manifest.metrics
-    evaluation = numbers.get("evaluation")
+    evaluation, merge = numbers.get("evaluation"), numbers.get("merge")
+    verification = published.manifest.verification
     return RunReport(
         exit_code=ExitCode.SUCCESS,
         reason="Cached",
-        message="the same run was published before; nothing was trained",
+        message="the same run was published before; nothing was done again",
         stage="Finished",
         run_key=published.manifest.run_key,
         cached=True,
@@ -78,4 +79,19 @@ def cached(published: Published) -> RunReport:
         evaluation=EvaluationResult.model_validate(evaluation) if evaluation else None,
         output=published.output,
         train_seconds=numbers.get("trainSeconds"),
+        merge=MergePlan.model_validate(merge) if merge else None,
+        verification=MergeVerification.model_validate(verification) if verification else None,
+    )
+
+
+def merged(run_key: str, plan: MergePlan, verification: MergeVerification, published: Published) -> RunReport:
+    """Return the report of adapters that were merged (or combined) and published."""
+    return RunReport(
+        exit_code=ExitCode.SUCCESS,
+        reason="Succeeded",
+        stage="Finished",
+        run_key=run_key,
+        output=published.output,
+        merge=plan,
+        verification=verification,
     )

@@ -59,6 +59,8 @@ class RunLog:
         self._echo = echo
         self._lock = threading.Lock()
         self._file = path.open("w", encoding="utf-8")
+        self.lines = 0
+        """How many were written: whoever writes is alive."""
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
 
     def say(self, text: str) -> None:
@@ -89,6 +91,7 @@ class RunLog:
         clean = self._redact(line)[:MAX_LINE_CHARACTERS] + "\n"
         with self._lock:
             self._file.write(clean)
+            self.lines += 1
             if self._echo:
                 sys.stdout.write(clean)
                 sys.stdout.flush()

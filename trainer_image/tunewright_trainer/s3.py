@@ -25,6 +25,8 @@ from botocore.exceptions import BotoCoreError, ClientError
 from tunewright_api.run_config import StorageSettings
 from tunewright_trainer.errors import InvalidConfiguration, StorageUnavailable
 from tunewright_trainer.s3_errors import Contact, Outage, translate
+from tunewright_trainer.s3_writer import PART_BYTES, S3Target
+from tunewright_trainer.stream_writer import StreamWriter
 from tunewright_trainer.transfer import Advance, Stop, StoredFile, ignore
 
 if TYPE_CHECKING:
@@ -34,7 +36,6 @@ OUTAGE_SECONDS = 120.0
 """How long one request is repeated once the service has answered: longer than a restart of a small S3 service."""
 FIRST_CONTACT_SECONDS = 15.0
 """How long one is repeated before any answer came: then the address is wrong, which no waiting mends."""
-PART_BYTES = 16 * 1024 * 1024
 STREAM_BYTES = 1024 * 1024
 PARALLEL_TRANSFERS = 8
 """A single S3 connection gives some 50 to 100 MB/s; eight fill a 5 Gbit/s link."""
@@ -104,6 +105,26 @@ class S3:
                 return body.read(limit_bytes + 1), answer["ETag"].strip('"')
 
         return self._call(bucket, key, call)
+
+    def read_range(self, bucket: str, key: str, file: StoredFile, start: int, length: int) -> bytes:
+        """Return exactly `length` bytes of an object in the version that was described."""
+        if length == 0:
+            return b""
+        span = f"bytes={start}-{start + length - 1}"
+
+        def call() -> bytes:
+            answer = self._client.get_object(Bucket=bucket, Key=key, Range=span, IfMatch=f'"{file.version}"')
+            with closing(answer["Body"]) as body:
+                data = body.read()
+            if len(data) != length:
+                raise Outage(f"{len(data)} of {length} bytes came")
+            return data
+
+        return self._call(bucket, key, call)
+
+    def writer(self, bucket: str, key: str, size_bytes: int) -> StreamWriter:
+        """Begin an object of known size whose parts are stored in the background; it replaces what stands there."""
+        return StreamWriter(S3Target(self._client, self._call, bucket, key, size_bytes), size_bytes)
 
     def put(self, bucket: str, key: str, data: bytes, *, replaces: str | None) -> bool:
         """Write a small object; `replaces` is None (nothing may be there), an ETag, or `*` for anything.

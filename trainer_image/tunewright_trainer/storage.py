@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from tunewright_api.run_config import PVC_MOUNT_ROOT, StorageSettings
 from tunewright_trainer.errors import InvalidConfiguration
 from tunewright_trainer.local import Folder
+from tunewright_trainer.stream_writer import StreamWriter
 from tunewright_trainer.transfer import Advance, Stop, StoredFile, ignore
 
 if TYPE_CHECKING:
@@ -57,6 +58,11 @@ class Storage:
 
         return S3(self._settings, self._stop)
 
+    @property
+    def is_local(self) -> bool:
+        """Whether plain paths may stand where URIs do."""
+        return self._local
+
     def local_path(self, uri: str) -> Path | None:
         """Return the path of a mounted or local file, None for s3://.
 
@@ -91,6 +97,29 @@ class Storage:
         if path is None:
             return self._s3.read(*_split(uri), limit_bytes)
         return self._folder.read(uri, path, limit_bytes)
+
+    def read_range(self, uri: str, file: StoredFile, start: int, length: int) -> bytes:
+        """Return exactly `length` bytes of a file in the version that was described.
+
+        Raises:
+            MissingFile: There is no such file any more.
+            StorageUnavailable: It was replaced meanwhile.
+        """
+        path = self.local_path(uri)
+        if path is None:
+            return self._s3.read_range(*_split(uri), file, start, length)
+        return self._folder.read_range(uri, path, file, start, length)
+
+    def writer(self, uri: str, size_bytes: int) -> StreamWriter:
+        """Begin a file of known size that is written from its beginning while its parts are stored in the background.
+
+        It takes the place of what stands there. A file that is never finished is not there. The writer's methods raise
+        OSError (ENOSPC among others) where the storage is a file system.
+        """
+        path = self.local_path(uri)
+        if path is None:
+            return self._s3.writer(*_split(uri), size_bytes)
+        return self._folder.writer(uri, path, size_bytes)
 
     def put(self, uri: str, data: bytes, *, replaces: str | None) -> bool:
         """Write a small file whole or not at all.

@@ -6,18 +6,15 @@ supervisor does meanwhile.
 
 from __future__ import annotations
 
-import errno
 import shutil
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from tunewright_api.merge_run import MergeRun
 from tunewright_api.run_config import TrainRun
-from tunewright_api.run_report import Progress, PublishedOutput, RunReport
+from tunewright_api.run_report import RunReport
 from tunewright_trainer import (
-    artifact,
     documents,
     inputs,
     launcher,
@@ -27,15 +24,10 @@ from tunewright_trainer import (
     reward_inputs,
     start_adapter,
 )
-from tunewright_trainer.dataset import BadRows, PreparedData
-from tunewright_trainer.errors import (
-    CorruptArtifact,
-    DiskFull,
-    Preempted,
-    Stalled,
-    TrainerError,
-)
-from tunewright_trainer.events import Heartbeat, MetricsFile
+from tunewright_trainer.attempt import Attempt, Run
+from tunewright_trainer.dataset import PreparedData
+from tunewright_trainer.errors import Preempted, Stalled, TrainerError
+from tunewright_trainer.events import MetricsFile
 from tunewright_trainer.inputs import Inputs
 from tunewright_trainer.listener import Listener
 from tunewright_trainer.protocol import (
@@ -47,60 +39,51 @@ from tunewright_trainer.protocol import (
     write_task,
 )
 from tunewright_trainer.publish import Published, Result
-from tunewright_trainer.run_log import Redactor, RunLog
 from tunewright_trainer.settings import SupervisorSettings
-from tunewright_trainer.storage import Storage, join
-from tunewright_trainer.together import run_together
-from tunewright_trainer.tracker import Tracker, now
+from tunewright_trainer.tracker import now
 from tunewright_trainer.tracking import TENSORBOARD_FOLDER, WANDB_FOLDER, Trackers
-from tunewright_trainer.transfer import Stop
 from tunewright_trainer.worker_process import GRACE_SECONDS, WorkerProcess
 
 POLL_SECONDS = 0.1
 WORKER_END_SECONDS = 10.0
 """Time for the worker to end by itself after its result: CUDA and thread pools need a moment."""
 METRICS_FILE = "metrics.jsonl"
-REPORT_FILE = "report.json"
-PUBLISHED_FOLDER = "published"
+OWN = (
+    OUTPUT_FOLDER, TENSORBOARD_FOLDER, WANDB_FOLDER, "data", "model", "rewards", "adapter", "scratch", TASK_FILE,
+    EVENTS_FILE, METRICS_FILE,
+)  # fmt: skip
+"""Of a training attempt, in the work folder."""
 
 
-def run(run: TrainRun, settings: SupervisorSettings) -> RunReport:
+def run(run: Run, settings: SupervisorSettings) -> RunReport:
     """Carry out a run and return its report; the report also goes to `settings.termination_log`.
 
     Every failure that is foreseen ends in a report with its exit code and reason. The worker is gone on return.
 
     Args:
-        run: What to train.
+        run: What to train, or to merge.
         settings: Places and hooks on this machine.
 
     Raises:
         Exception: A fault of our own; the caller makes an InternalError report of it.
     """
-    return _Attempt(run, settings).execute()
+    if isinstance(run, MergeRun):
+        # Imported only here: numpy costs a tenth of a second, which the start of a worker need not wait for.
+        from tunewright_trainer.merge import attempt
+
+        return attempt.run(run, settings)
+    return _Training(run, settings).execute()
 
 
-def write_report(report: RunReport, settings: SupervisorSettings) -> None:
-    """Leave the last words where Kubernetes finds them."""
-    if settings.termination_log is not None:
-        settings.termination_log.write_text(report.to_json(), encoding="utf-8")
-
-
-class _Attempt:
-    """One attempt: its document, its settings, and what all steps share."""
+class _Training:
+    """One attempt to train: the workers, and what is made of their output."""
 
     def __init__(self, run: TrainRun, settings: SupervisorSettings) -> None:
         self.run = run
         self.settings = settings
-        self.started_at = now()
-        self.run_key: str | None = None
-        _clear(settings.work)
-        self.redact = Redactor(settings.environment)
-        log_path = settings.work / "logs" / f"attempt-{run.attempt}.log"
-        self.log = RunLog(log_path, self.redact, echo=settings.echo)
-        # An inner flag, so that the failure of one thread stops the others but nothing outside.
-        self.stop = Stop(settings.stop)
-        self.heartbeat = Heartbeat(self.log.say)
-        self.tracker = Tracker(time.monotonic, self._on_progress)
+        self.attempt = Attempt(run, settings, OWN)
+        self.log, self.stop, self.tracker = self.attempt.log, self.attempt.stop, self.attempt.tracker
+        self.storage, self.together = self.attempt.storage, self.attempt.together
         self.metrics = MetricsFile(settings.work / METRICS_FILE)
         self.trackers = Trackers(run, settings.work, settings.environment, self.log.say)
         self.place = launcher.find_place(run, settings.environment)
@@ -108,61 +91,26 @@ class _Attempt:
         self.worker = WorkerProcess([*command, "--work", str(settings.work)], settings.environment, self.log)
         takers = (self.tracker.handle, self.metrics.write, self.trackers.write)
         self.listener = Listener(self.worker, settings.work, self.log, takers, expects_result=self.place.is_first)
-        self.storage = Storage(run.storage, stop=self.stop, local=settings.local, pvc_root=settings.pvc_root)
-
-    def _on_progress(self, progress: Progress) -> None:
-        self.heartbeat.see(progress)
-        if self.settings.on_progress is not None:
-            self.settings.on_progress(progress)
+        self.attempt.watch = self._watch
 
     def execute(self) -> RunReport:
-        """Run all steps, end the worker whatever happens, and leave the report."""
-        grace = 0.0
-        with self.log:
-            server = None
-            try:
-                if self.settings.port is not None:
-                    # Imported after the worker was started: its start waits for nothing.
-                    from tunewright_trainer.http_server import ProgressServer
+        """Run all steps, end the workers whatever happens, and leave the report."""
+        return self.attempt.execute(self._steps, self._clean_up)
 
-                    server = ProgressServer(self.settings.port, lambda: self.tracker.progress)
-                report = self._steps()
-            except TrainerError as error:
-                grace = GRACE_SECONDS if isinstance(error, Preempted | Stalled) else 0.0
-                report = self._failed(error)
-            except OSError as error:
-                if error.errno != errno.ENOSPC:
-                    raise
-                report = self._failed(
-                    DiskFull(f"no space left in {self.settings.work}: raise resources.ephemeralStorage")
-                )
-            finally:
-                self.stop.request("the attempt is over")
-                self.worker.stop(grace)
-                self.trackers.close(finished=self.tracker.progress.stage == "Finished")
-                if server is not None:
-                    server.close()
-            write_report(report, self.settings)
-        return report
-
-    def _failed(self, error: TrainerError) -> RunReport:
-        if isinstance(error, BadRows):
-            for line in error.lines:
-                self.log.say(line)
-        report = reports.failed(error, self.tracker.progress, self.run_key, self.redact(str(error)))
-        self.log.say(f"failed: {report.reason} (exit code {report.exit_code}): {report.message}")
-        return report
+    def _clean_up(self, error: TrainerError | None) -> None:
+        self.worker.stop(GRACE_SECONDS if isinstance(error, Preempted | Stalled) else 0.0)
+        self.trackers.close(finished=self.tracker.progress.stage == "Finished")
 
     def _steps(self) -> RunReport:
         launcher.check_place(self.run, self.settings.environment)
         found = self._find_inputs()
-        self.run_key = found.key(self.run)
-        self.log.say(f"run key {self.run_key}")
-        published = self._published_before()
+        run_key = self.attempt.run_key = found.key(self.run)
+        self.log.say(f"run key {run_key}")
+        published = self.attempt.published_before()
         if not self.place.is_first:
             return self._take_part(found, published)
         if published is not None:
-            return self._cached(published)
+            return self.attempt.cached(published)
         self.trackers.start()
         data = self._fetch(found)
         result = self._follow()
@@ -171,7 +119,7 @@ class _Attempt:
 
     def _find_inputs(self) -> Inputs:
         self.tracker.enter("Fetching", "looking up model and data")
-        data, model, rewards, adapter, _ = self._together(
+        data, model, rewards, adapter, _ = self.together(
             partial(inputs.find_data, self.run, self.storage, self.stop),
             partial(inputs.find_model, self.run, self.storage, self.stop),
             partial(reward_inputs.find_reward_models, self.run, self.storage, self.stop),
@@ -183,45 +131,8 @@ class _Attempt:
         return Inputs(model, data, rewards, adapter, reward_code.function_digests(self.run))
 
     def _check_push(self) -> None:
-        if self.run.hub_output is not None and self.place.is_first:
-            from tunewright_trainer import hub_push
-
-            hub_push.check(self.run, self.stop)
-
-    def _published_before(self) -> Published | None:
-        assert self.run_key is not None
-        try:
-            (published,) = self._together(
-                partial(publish.find_published, self.storage, self.run.output_uri, self.run_key)
-            )
-        except CorruptArtifact as error:
-            self.log.say(f"a result with this run key is there but damaged, so it is made again: {error}")
-            return None
-        found: Published | None = published
-        return found
-
-    def _cached(self, published: Published) -> RunReport:
-        """Report another run's result as this one's."""
-        self.log.say(f"the same run was published before: {published.output.uri}")
-        output = self._pushed(published, partial(self._download, published))
-        self.tracker.enter("Finished", "the same run was published before")
-        return reports.cached(published).model_copy(update={"output": output})
-
-    def _download(self, published: Published) -> Path:
-        folder = self.settings.work / PUBLISHED_FOLDER
-        artifact.download_artifact(published.output.manifest_uri, folder, self.storage)
-        return folder
-
-    def _pushed(self, published: Published, fetch: Callable[[], Path]) -> PublishedOutput:
-        """Push a published result to the Hub where the run asks for it."""
-        if self.run.hub_output is None:
-            return published.output
-        # Imported only here: the hub client costs a second that other runs need not wait for.
-        from tunewright_trainer import hub_push
-
-        self.tracker.enter("Publishing", f"to hf://{self.run.hub_output.repository}")
-        (url,) = self._together(partial(hub_push.push, self.run, published, fetch, self.stop, self.log.say))
-        return published.output.model_copy(update={"hub_url": url})
+        if self.place.is_first:
+            self.attempt.check_push()
 
     def _fetch(self, found: Inputs) -> PreparedData:
         """Fetch and check everything, and hand it to the worker."""
@@ -230,7 +141,7 @@ class _Attempt:
         checked = partial(self.tracker.advance, "Checking")
         data: PreparedData
         # Data first: a bad row is told while a large model still downloads.
-        data, model_path, rewards, adapter_path = self._together(
+        data, model_path, rewards, adapter_path = self.together(
             partial(inputs.fetch_data, self.run, found, self.storage, work / "data", self.stop, advance, checked),
             partial(inputs.fetch_model, self.run, found.model, self.storage, work / "model", self.stop, advance),
             partial(
@@ -258,7 +169,7 @@ class _Attempt:
                 row_format=data.format.row_format,
                 output_path=work / OUTPUT_FOLDER,
                 reward_models=rewards,
-                run_key=self.run_key or "",
+                run_key=self.attempt.run_key or "",
             ),
         )
         return data
@@ -272,7 +183,7 @@ class _Attempt:
                 self.listener.listen()
                 time.sleep(POLL_SECONDS)
         self.tracker.enter("Finished", "the first pod has the result")
-        return reports.took_part(self.run, self.place.node_rank, self.run_key)
+        return reports.took_part(self.run, self.place.node_rank, self.attempt.run_key)
 
     def _follow(self) -> ResultEvent:
         """Follow the workers to their result."""
@@ -294,45 +205,39 @@ class _Attempt:
         return self.listener.result
 
     def _publish(self, found: Inputs, data: PreparedData, result: ResultEvent) -> RunReport:
-        assert self.run_key is not None
+        run_key = self.attempt.run_key
+        assert run_key is not None
         finished = documents.Finished(
             run=self.run,
-            run_key=self.run_key,
+            run_key=run_key,
             inputs=found,
             data=data,
             plan=self.tracker.plan,
             evaluation=self.tracker.evaluation,
             loss=self.tracker.progress.loss,
             result=result,
-            started_at=self.started_at,
+            started_at=self.attempt.started_at,
             ended_at=now(),
         )
         files = self._files(finished)
         size = sum(path.stat().st_size for path in files.values())
         self.tracker.enter("Publishing", f"{size / 1e6:.1f} MB to {self.run.output_uri}", size)
-        to_publish = Result(
-            self.run_key, self.settings.writer, result.kind, result.root, files, documents.metrics(finished)
-        )
+        to_publish = Result(run_key, self.settings.writer, result.kind, result.root, files, documents.metrics(finished))
         advance = partial(self.tracker.advance, "Publishing")
-        ((published, others),) = self._together(
+        ((published, others),) = self.together(
             partial(publish.publish, self.storage, self.run.output_uri, to_publish, advance, self.log.say)
         )
         if others:
-            return self._cached(published)
+            return self.attempt.cached(published)
         self.log.say(f"published: {published.output.uri}")
         report = reports.succeeded(finished, published, self.tracker.early_stop)
-        self._keep(report)
-        output = self._pushed(published, lambda: self.settings.work / OUTPUT_FOLDER / result.root)
+        self.attempt.keep_report(report)
+        output = self.attempt.pushed(published, lambda: self.settings.work / OUTPUT_FOLDER / result.root)
         if output.hub_url is not None:
             report = report.model_copy(update={"output": output})
-            self._keep(report)
+            self.attempt.keep_report(report)
         self.tracker.enter("Finished", published.output.uri)
         return report
-
-    def _keep(self, report: RunReport) -> None:
-        """Store the whole report beside the result."""
-        uri = join(join(join(self.run.output_uri, self.run_key or ""), self.settings.writer), REPORT_FILE)
-        self.storage.put(uri, report.model_dump_json(by_alias=True, exclude_none=True, indent=2).encode(), replaces="*")
 
     def _files(self, finished: documents.Finished) -> dict[str, Path]:
         """Return what is published, by name, after adding our own documents to the worker's output."""
@@ -346,36 +251,10 @@ class _Attempt:
         shutil.copyfile(work / METRICS_FILE, output / METRICS_FILE)
         self.trackers.add_files(output)
         self.log.say(f"trained: {finished.result.steps} steps in {finished.result.train_seconds:.0f} s")
-        self.log.flush()
-        (output / "logs").mkdir(exist_ok=True)
-        shutil.copyfile(self.log.path, output / "logs" / self.log.path.name)
+        self.attempt.keep_log(output)
         return publish.output_files(output)
-
-    def _together(self, *jobs: Callable[[], Any], before_last: Callable[[], None] | None = None) -> list[Any]:
-        return run_together(jobs, self._watch, before_last)
 
     def _watch(self) -> None:
         self.settings.stop.check()
         if self.listener.result is None:
             self.listener.listen()
-
-
-def _clear(work: Path) -> None:
-    """Make the work folder, and take away what an earlier process left in it."""
-    work.mkdir(parents=True, exist_ok=True)
-    folders = (
-        OUTPUT_FOLDER,
-        PUBLISHED_FOLDER,
-        TENSORBOARD_FOLDER,
-        WANDB_FOLDER,
-        "data",
-        "model",
-        "rewards",
-        "adapter",
-        "logs",
-        "scratch",
-    )
-    for name in folders:
-        shutil.rmtree(work / name, ignore_errors=True)
-    for name in (TASK_FILE, EVENTS_FILE, METRICS_FILE):
-        (work / name).unlink(missing_ok=True)

@@ -100,6 +100,10 @@ class Tracker:
         share = percent if percent is not None else 100.0 if stage == "Finished" else 0.0
         self._set(stage=stage, message=message, percent=share, eta_seconds=None)
 
+    def tell(self, message: str) -> None:
+        """Say what the stage does right now."""
+        self._set(message=message)
+
     def advance(self, stage: Stage, size: int) -> None:
         """Take note of bytes that went through for a stage; what comes before the stage is shown once it has begun."""
         with self._lock:

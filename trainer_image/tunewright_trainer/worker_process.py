@@ -29,12 +29,21 @@ _LIBC = ctypes.CDLL(None)
 class WorkerProcess:
     """A started worker. Its output goes to the log line by line."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: RunLog) -> None:
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], log: RunLog, *, reads_storage: bool = False
+    ) -> None:
         """Start the worker.
 
         It gets no credentials: everything it needs is on disk. It is the leader of a session, so that its own
         children end with it, and it is killed by the kernel when the supervisor dies.
+
+        Args:
+            command: Program and arguments.
+            environment: Of the process, less credentials.
+            log: Takes what it prints.
+            reads_storage: It reads from S3 itself, and gets the credentials for that.
         """
+        credentials = {name: value for name, value in environment.items() if name.startswith("AWS_") and reads_storage}
         self._log = log
         self._stopped = False
         self._process = subprocess.Popen(
@@ -42,7 +51,7 @@ class WorkerProcess:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=without_credentials(environment) | {"PYTHONUNBUFFERED": "1"},
+            env=without_credentials(environment) | credentials | {"PYTHONUNBUFFERED": "1"},
             start_new_session=True,
             preexec_fn=die_with_parent,
         )

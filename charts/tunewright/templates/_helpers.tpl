@@ -44,10 +44,10 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- /* Exactly what the operator does; tests/operator_permissions.py holds the same set. */ -}}
 {{- define "tunewright.rules" -}}
 - apiGroups: [tunewright.dev]
-  resources: [finetunejobs]
+  resources: [finetunejobs, adaptermerges]
   verbs: [get, list, watch]
 - apiGroups: [tunewright.dev]
-  resources: [finetunejobs/status]
+  resources: [finetunejobs/status, adaptermerges/status]
   verbs: [patch]
 - apiGroups: [batch]
   resources: [jobs]

@@ -115,7 +115,8 @@ class Retry(SpecModel):
     timeouts: Timeouts | None = Field(default=None, description="Time limits.")
 
 
-def _immutable(field: str, *, required: bool) -> str:
+def immutable(field: str, *, required: bool) -> str:
+    """Return the CEL rule that a field of the spec never changes."""
     if required:
         return f"self.{field} == oldSelf.{field}"
     return f"has(self.{field}) == has(oldSelf.{field}) && (!has(self.{field}) || self.{field} == oldSelf.{field})"
@@ -164,8 +165,8 @@ class FineTuneJobSpec(SpecModel):
     @classmethod
     def transition_rules(cls) -> list[dict[str, str]]:
         """Return the immutability rules; the API server checks them, an update is never seen by Python."""
-        rules = [(f, _immutable(f, required=True)) for f in REQUIRED_IMMUTABLE]
-        rules += [(f, _immutable(f, required=False)) for f in OPTIONAL_IMMUTABLE]
+        rules = [(f, immutable(f, required=True)) for f in REQUIRED_IMMUTABLE]
+        rules += [(f, immutable(f, required=False)) for f in OPTIONAL_IMMUTABLE]
         return [{"rule": rule, "message": f"spec.{field} {IMMUTABLE_MESSAGE}"} for field, rule in rules]
 
 
@@ -183,6 +184,21 @@ class Metadata(SpecModel):
     deletion_timestamp: str | None = None
 
 
+NAME_RULES: tuple[Rule, ...] = (
+    Rule(
+        f"size(self.metadata.name) <= {MAX_NAME_LENGTH}",
+        f"metadata.name may have at most {MAX_NAME_LENGTH} characters: Jobs and pods are named after it",
+        lambda o: len(o.metadata.name) <= MAX_NAME_LENGTH,
+    ),
+    Rule(
+        "self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",
+        "metadata.name may have only lower-case letters, digits and '-': Jobs and pods are named after it",
+        lambda o: re.search(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", o.metadata.name) is not None,
+    ),
+)
+"""Of either kind."""
+
+
 class FineTuneJob(SpecModel):
     """A FineTuneJob as a user writes it (status and server-side metadata are not looked at)."""
 
@@ -193,15 +209,4 @@ class FineTuneJob(SpecModel):
     spec: FineTuneJobSpec
     status: dict[str, Any] | None = None
 
-    RULES: ClassVar[tuple[Rule, ...]] = (
-        Rule(
-            f"size(self.metadata.name) <= {MAX_NAME_LENGTH}",
-            f"metadata.name may have at most {MAX_NAME_LENGTH} characters: Jobs and pods are named after it",
-            lambda j: len(j.metadata.name) <= MAX_NAME_LENGTH,
-        ),
-        Rule(
-            "self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",
-            "metadata.name may have only lower-case letters, digits and '-': Jobs and pods are named after it",
-            lambda j: re.search(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", j.metadata.name) is not None,
-        ),
-    )
+    RULES: ClassVar[tuple[Rule, ...]] = NAME_RULES

@@ -1,4 +1,4 @@
-"""Status of a FineTuneJob: what the operator says; never read back except where noted."""
+"""Status of a FineTuneJob or AdapterMerge: what the operator says; never read back except where noted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import Field
 
 from tunewright_api.base import StatusModel
 from tunewright_api.conditions import Condition
-from tunewright_api.run_report import EvaluationResult, Progress, PublishedOutput
+from tunewright_api.run_report import EvaluationResult, MergePlan, MergeVerification, Progress, PublishedOutput
 
 MAX_ATTEMPTS_KEPT = 10
 Message = Annotated[str, Field(max_length=2048)]
@@ -35,7 +35,7 @@ class Attempt(StatusModel):
 
 
 class Failure(StatusModel):
-    """Why the FineTuneJob failed."""
+    """Why it failed."""
 
     reason: str
     message: Message = ""
@@ -77,13 +77,13 @@ class Usage(StatusModel):
     lost_gpu_seconds: int = Field(default=0, description="Part of gpuSeconds spent in attempts that failed.")
 
 
-class FineTuneJobStatus(StatusModel):
+class RunStatus(StatusModel):
     """Observed state. Conditions, counters, `jobRef`, times and `attempts` are the operator's memory."""
 
     observed_generation: int | None = None
     conditions: list[Condition] = Field(default_factory=list)
     phase: str | None = Field(default=None, description="Summary for people; derived from the conditions.")
-    stage: str | None = Field(default=None, description="Stage of the run: Train.")
+    stage: str | None = Field(default=None, description="Stage of the run: Train or Merge.")
     attempt: int = Field(default=0, description="Number of the current attempt, from 1.")
     restarts: int = Field(default=0, description="Attempts that counted towards retry.maxRestarts.")
     free_restarts: int = Field(
@@ -97,11 +97,23 @@ class FineTuneJobStatus(StatusModel):
         default=None,
         description="Results of other FineTuneJobs as they were found; all attempts use the same ones.",
     )
-    plan: Plan | None = None
     progress: Progress | None = None
     attempts: list[Attempt] = Field(default_factory=list, description=f"Ended attempts, the last {MAX_ATTEMPTS_KEPT}.")
     run_key: str | None = None
     output: PublishedOutput | None = None
-    evaluation: EvaluationResult | None = None
     usage: Usage | None = None
     failure: Failure | None = None
+
+
+class FineTuneJobStatus(RunStatus):
+    """Observed state of a FineTuneJob."""
+
+    plan: Plan | None = None
+    evaluation: EvaluationResult | None = None
+
+
+class AdapterMergeStatus(RunStatus):
+    """Observed state of an AdapterMerge."""
+
+    plan: MergePlan | None = None
+    verification: MergeVerification | None = None

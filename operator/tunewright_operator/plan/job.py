@@ -6,11 +6,15 @@ from typing import Any
 
 from tunewright_api import API_VERSION
 from tunewright_api.exit_codes import OUTCOMES, ExitCode
+from tunewright_api.merge_run import MergeRun, build_merge_run
 from tunewright_api.run_config import MAX_RUN_BYTES, TrainRun, build_train_run, resolve_storage
-from tunewright_api.v1alpha1.finetunejob import KIND, FineTuneJob, FineTuneJobSpec
+from tunewright_api.v1alpha1.adaptermerge import AdapterMerge
+from tunewright_api.v1alpha1.finetunejob import FineTuneJob
 from tunewright_api.v1alpha1.pod import Pod
 from tunewright_operator import constants, naming
 from tunewright_operator.errors import RunTooLarge
+from tunewright_operator.kinds import Kind, Workload, kind_of
+from tunewright_operator.needs import nodes_of
 from tunewright_operator.plan.pod import pod_spec
 from tunewright_operator.settings import Settings
 
@@ -50,42 +54,61 @@ def plan_run(job: FineTuneJob, attempt: int, halvings: int, settings: Settings) 
     return run.model_copy(update={"hyperparameters": hyperparameters})
 
 
-def build_job(job: FineTuneJob, attempt: int, halvings: int, settings: Settings) -> Manifest:
+def plan_merge(merge: AdapterMerge, attempt: int, settings: Settings) -> MergeRun:
+    """Return the run document of an attempt; arguments as for `plan_run`."""
+    assert merge.metadata.namespace is not None, "the API server sets it"
+    return build_merge_run(
+        merge.spec,
+        name=merge.metadata.name,
+        namespace=merge.metadata.namespace,
+        attempt=attempt,
+        storage=resolve_storage(merge.spec, settings.storage),
+        hub=settings.hub,
+    )
+
+
+def build_job(workload: Workload, attempt: int, halvings: int, settings: Settings) -> Manifest:
     """Return the Job of an attempt; arguments as for `plan_run`.
 
     Raises:
         RunTooLarge: The run document exceeds `MAX_RUN_BYTES`.
     """
-    metadata = job.metadata
-    labels = attempt_labels(metadata.name, attempt)
-    pod = job.spec.pod or Pod()
-    run = plan_run(job, attempt, halvings, settings)
-    unique = pod_selector(job, attempt) if run.nodes > 1 else {}
-    template_metadata: Manifest = {"labels": {**(pod.labels or {}), **labels, **unique}}
-    if pod.annotations:
-        template_metadata["annotations"] = dict(pod.annotations)
+    match workload:
+        case FineTuneJob():
+            run: TrainRun | MergeRun = plan_run(workload, attempt, halvings, settings)
+            remedy = "shorten model.chatTemplate"
+        case AdapterMerge():
+            run = plan_merge(workload, attempt, settings)
+            remedy = "give fewer or shorter verification.prompts"
     size = len(run.to_json().encode())
     if size > MAX_RUN_BYTES:
-        raise RunTooLarge(f"the run document has {size} bytes, {MAX_RUN_BYTES} are allowed: shorten model.chatTemplate")
+        raise RunTooLarge(f"the run document has {size} bytes, {MAX_RUN_BYTES} are allowed: {remedy}")
+    metadata, kind = workload.metadata, kind_of(workload)
+    labels = attempt_labels(kind, metadata.name, attempt)
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": {
-            "name": naming.job_name(metadata.name, attempt),
+            "name": naming.job_name(kind, metadata.name, attempt),
             "namespace": metadata.namespace,
             "labels": labels,
-            "ownerReferences": [owner_reference(job)],
+            "ownerReferences": [owner_reference(workload)],
         },
-        "spec": _job_spec(job.spec, template_metadata, run, settings),
+        "spec": _job_spec(workload, labels, run, settings),
     }
 
 
-def _job_spec(spec: FineTuneJobSpec, template_metadata: Manifest, run: TrainRun, settings: Settings) -> Manifest:
+def _job_spec(workload: Workload, labels: Manifest, run: TrainRun | MergeRun, settings: Settings) -> Manifest:
+    nodes, pod = nodes_of(workload.spec), workload.spec.pod or Pod()
+    unique = pod_selector(workload, run.attempt) if nodes > 1 else {}
+    template_metadata: Manifest = {"labels": {**(pod.labels or {}), **labels, **unique}}
+    if pod.annotations:
+        template_metadata["annotations"] = dict(pod.annotations)
     return {
-        "completions": run.nodes,
-        "parallelism": run.nodes,
+        "completions": nodes,
+        "parallelism": nodes,
         # Each pod has its number, and a host name that ends with it.
-        **({"completionMode": "Indexed"} if run.nodes > 1 else {}),
+        **({"completionMode": "Indexed"} if nodes > 1 else {}),
         # A failed attempt is the operator's to judge; the next one is a new Job with a document of its own.
         "backoffLimit": 0,
         # No second pod before the first has really ended: they might share a volume.
@@ -103,33 +126,33 @@ def _job_spec(spec: FineTuneJobSpec, template_metadata: Manifest, run: TrainRun,
                 },
             ]
         },
-        "template": {"metadata": template_metadata, "spec": pod_spec(spec, run, settings)},
+        "template": {"metadata": template_metadata, "spec": pod_spec(workload.spec, run, settings)},
     }
 
 
-def attempt_labels(name: str, attempt: int) -> dict[str, str]:
+def attempt_labels(kind: Kind, name: str, attempt: int) -> dict[str, str]:
     """Return the labels of everything that belongs to an attempt."""
     return {
         constants.LABEL_MANAGED_BY: constants.OPERATOR_NAME,
-        constants.LABEL_FINETUNEJOB: name,
+        kind.label: name,
         constants.LABEL_ATTEMPT: str(attempt),
-        constants.LABEL_STAGE: constants.STAGE_TRAIN,
+        constants.LABEL_STAGE: kind.stage,
     }
 
 
-def pod_selector(job: FineTuneJob, attempt: int) -> dict[str, str]:
-    """Return labels that only the pods of one attempt of this FineTuneJob have."""
-    assert job.metadata.uid is not None, "the API server sets it"
-    return {constants.LABEL_UID: job.metadata.uid, constants.LABEL_ATTEMPT: str(attempt)}
+def pod_selector(workload: Workload, attempt: int) -> dict[str, str]:
+    """Return labels that only the pods of one attempt of this workload have."""
+    assert workload.metadata.uid is not None, "the API server sets it"
+    return {constants.LABEL_UID: workload.metadata.uid, constants.LABEL_ATTEMPT: str(attempt)}
 
 
-def owner_reference(job: FineTuneJob) -> Manifest:
-    """Return the reference by which what a FineTuneJob owns goes with it."""
+def owner_reference(workload: Workload) -> Manifest:
+    """Return the reference by which what a workload owns goes with it."""
     return {
         "apiVersion": API_VERSION,
-        "kind": KIND,
-        "name": job.metadata.name,
-        "uid": job.metadata.uid,
+        "kind": workload.kind,
+        "name": workload.metadata.name,
+        "uid": workload.metadata.uid,
         "controller": True,
         # True would need permission to update our finalizers on some clusters, for nothing.
         "blockOwnerDeletion": False,

@@ -1,4 +1,4 @@
-"""`decide`: the whole behaviour of a FineTuneJob, read top to bottom. Pure."""
+"""`decide`: the whole behaviour of a workload, read top to bottom. Pure."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Literal
 
 from tunewright_api.base import seconds_of
 from tunewright_api.conditions import ConditionType, Reason, is_true
-from tunewright_api.defaults import resolve_evaluation, resolve_hyperparameters, resolve_lora
 from tunewright_api.exit_codes import Fate
-from tunewright_api.v1alpha1.finetunejob import FineTuneJob, FineTuneJobSpec, Resources, Timeouts
-from tunewright_api.v1alpha1.status import FineTuneJobStatus, JobRef, Plan
+from tunewright_api.v1alpha1.finetunejob import Timeouts
+from tunewright_api.v1alpha1.status import JobRef, RunStatus
 from tunewright_operator import naming
+from tunewright_operator.kinds import Spec, Workload, kind_of
+from tunewright_operator.needs import nodes_of
 from tunewright_operator.observed import ObservedJob, ObservedRun, Refusal
 from tunewright_operator.settings import Settings
-from tunewright_operator.status import ending, pods, references, verdict
+from tunewright_operator.status import by_kind, ending, pods, references, verdict
 from tunewright_operator.status.decision import CreateJob, Decision, DeleteJobs
 from tunewright_operator.status.memory import (
     current_attempt,
@@ -34,7 +35,7 @@ _NO_POD_SECONDS = 60.0
 
 
 def decide(
-    job: FineTuneJob, previous: FineTuneJobStatus, seen: ObservedRun, now: datetime.datetime, settings: Settings
+    workload: Workload, previous: RunStatus, seen: ObservedRun, now: datetime.datetime, settings: Settings
 ) -> Decision:
     """Return what to do and the new status.
 
@@ -42,33 +43,33 @@ def decide(
     Jobs are gone. Deciding twice from the same state gives the same result.
     """
     if is_finished(previous):
-        return _clean_up(job.spec, previous, seen, now)
-    status = references.take_over(job.spec, _visited(job, previous, now), seen.references)
-    if not job.spec.suspend:
+        return _clean_up(workload.spec, previous, seen, now)
+    status = references.take_over(workload.spec, _visited(workload, previous, now), seen.references)
+    if not workload.spec.suspend:
         status = _resumed(status, now)
-    if _run_deadline_passed(job.spec, status, now):
-        return _deadline_exceeded(job.spec, status, seen, now, "timeouts.run", _timeouts(job.spec).run)
+    if _run_deadline_passed(workload.spec, status, now):
+        return _deadline_exceeded(workload.spec, status, seen, now, "timeouts.run", _timeouts(workload.spec).run)
     if seen.job is not None and seen.job.finished:
-        ended = _ended(job.spec, status, seen.job, seen, settings, now)
-        if is_finished(ended.status) or not job.spec.suspend:
+        ended = _ended(workload.spec, status, seen.job, seen, settings, now)
+        if is_finished(ended.status) or not workload.spec.suspend:
             return ended
-        return _suspended(job, ended.status, ObservedRun(), now)
-    if job.spec.suspend:
-        return _suspended(job, status, seen, now)
+        return _suspended(workload.spec, ended.status, ObservedRun(), now)
+    if workload.spec.suspend:
+        return _suspended(workload.spec, status, seen, now)
     if seen.job is not None:
-        return _live(job.spec, status, seen.job, seen, settings, now)
+        return _live(workload.spec, status, seen.job, seen, settings, now)
     if seen.job_gone:
-        name = naming.job_name(job.metadata.name, current_attempt(status))
-        status = ending.end_attempt(status, verdict.judge_missing_job(name), (), job.spec, settings, now)
-        services = _services(job.spec, name)
+        name = naming.job_name(kind_of(workload), workload.metadata.name, current_attempt(status))
+        status = ending.end_attempt(status, verdict.judge_missing_job(name), (), workload.spec, settings, now)
+        services = _services(workload.spec, name)
         return _after(status, now, DeleteJobs((), services) if services else None)
     return _next_attempt(status, seen, now)
 
 
 def refuse_spec(
-    previous: FineTuneJobStatus, generation: int | None, problems: Sequence[str], now: datetime.datetime
-) -> FineTuneJobStatus:
-    """Return the status of a FineTuneJob whose spec cannot work; all problems are in the message."""
+    previous: RunStatus, generation: int | None, problems: Sequence[str], now: datetime.datetime
+) -> RunStatus:
+    """Return the status of a workload whose spec cannot work; all problems are in the message."""
     if is_finished(previous):
         return previous
     message = "; ".join(problems)
@@ -77,20 +78,15 @@ def refuse_spec(
     return ending.fail(status, Reason.INVALID_SPEC, message, now)
 
 
-def _visited(job: FineTuneJob, previous: FineTuneJobStatus, now: datetime.datetime) -> FineTuneJobStatus:
-    status = previous.model_copy(update={"observed_generation": job.metadata.generation, "stage": "Train"})
-    if status.plan is None:
-        lora = resolve_lora(job.spec)
-        plan = Plan(
-            hyperparameters=resolve_hyperparameters(job.spec).document(),
-            evaluation=resolve_evaluation(job.spec).strategy,
-            lora=lora.document() if lora else None,
-        )
-        status = status.model_copy(update={"plan": plan, "phase": "Pending"})
+def _visited(workload: Workload, previous: RunStatus, now: datetime.datetime) -> RunStatus:
+    stage = kind_of(workload).stage.capitalize()
+    status = previous.model_copy(update={"observed_generation": workload.metadata.generation, "stage": stage})
+    if status.phase is None:
+        status = status.model_copy(update={"plan": by_kind.first_plan(workload.spec), "phase": "Pending"})
     return mark(status, now, (ConditionType.ACCEPTED, True, Reason.VALIDATED, ""))
 
 
-def _clean_up(spec: FineTuneJobSpec, status: FineTuneJobStatus, seen: ObservedRun, now: datetime.datetime) -> Decision:
+def _clean_up(spec: Spec, status: RunStatus, seen: ObservedRun, now: datetime.datetime) -> Decision:
     """Remove the Jobs of a finished run when its time has come; the status never changes again."""
     if spec.ttl_after_finished is None or status.completion_time is None or not seen.jobs:
         return Decision(status)
@@ -100,11 +96,11 @@ def _clean_up(spec: FineTuneJobSpec, status: FineTuneJobStatus, seen: ObservedRu
     return Decision(status, DeleteJobs(seen.jobs, _services(spec, *seen.jobs)))
 
 
-def _timeouts(spec: FineTuneJobSpec) -> Timeouts:
+def _timeouts(spec: Spec) -> Timeouts:
     return (spec.retry.timeouts if spec.retry else None) or Timeouts()
 
 
-def _run_deadline_passed(spec: FineTuneJobSpec, status: FineTuneJobStatus, now: datetime.datetime) -> bool:
+def _run_deadline_passed(spec: Spec, status: RunStatus, now: datetime.datetime) -> bool:
     limit = _timeouts(spec).run
     if limit is None or status.start_time is None or spec.suspend:
         return False
@@ -112,8 +108,8 @@ def _run_deadline_passed(spec: FineTuneJobSpec, status: FineTuneJobStatus, now: 
 
 
 def _deadline_exceeded(
-    spec: FineTuneJobSpec,
-    status: FineTuneJobStatus,
+    spec: Spec,
+    status: RunStatus,
     seen: ObservedRun,
     now: datetime.datetime,
     field: Literal["timeouts.queue", "timeouts.run"],
@@ -124,8 +120,8 @@ def _deadline_exceeded(
 
 
 def _give_up(
-    spec: FineTuneJobSpec,
-    status: FineTuneJobStatus,
+    spec: Spec,
+    status: RunStatus,
     seen: ObservedRun,
     reason: str,
     message: str,
@@ -138,24 +134,20 @@ def _give_up(
     return Decision(ending.fail(status, reason, message, now), _delete(spec, seen.job))
 
 
-def _delete(spec: FineTuneJobSpec, job: ObservedJob | None) -> DeleteJobs | None:
+def _delete(spec: Spec, job: ObservedJob | None) -> DeleteJobs | None:
     if job is None or job.deleting:
         return None
     return DeleteJobs((job.name,), _services(spec, job.name))
 
 
-def _nodes(spec: FineTuneJobSpec) -> int:
-    return (spec.resources or Resources()).nodes
-
-
-def _services(spec: FineTuneJobSpec, *jobs: str) -> tuple[str, ...]:
+def _services(spec: Spec, *jobs: str) -> tuple[str, ...]:
     """Return the names of the Services that belong to Jobs."""
-    return tuple(naming.service_name(job) for job in jobs) if _nodes(spec) > 1 else ()
+    return tuple(naming.service_name(job) for job in jobs) if nodes_of(spec) > 1 else ()
 
 
 def _ended(
-    spec: FineTuneJobSpec,
-    status: FineTuneJobStatus,
+    spec: Spec,
+    status: RunStatus,
     job: ObservedJob,
     seen: ObservedRun,
     settings: Settings,
@@ -166,7 +158,7 @@ def _ended(
     if job.finished == "Complete":
         ruling = verdict.judge_success(seen.pod)
     else:
-        ruling = verdict.judge_failure(job, seen.pods, _memory_limit(spec, settings))
+        ruling = verdict.judge_failure(job, seen.pods, by_kind.over_memory(spec, settings))
     return _after(ending.end_attempt(status, ruling, seen.pods, spec, settings, now), now)
 
 
@@ -174,22 +166,18 @@ def _first_start(seen: ObservedRun) -> str | None:
     return min((pod.started_at for pod in seen.pods if pod.started_at is not None), default=None)
 
 
-def _memory_limit(spec: FineTuneJobSpec, settings: Settings) -> str:
-    return (spec.resources or Resources()).memory or settings.default_memory
-
-
-def _after(status: FineTuneJobStatus, now: datetime.datetime, action: DeleteJobs | None = None) -> Decision:
+def _after(status: RunStatus, now: datetime.datetime, action: DeleteJobs | None = None) -> Decision:
     """Return the decision that goes with the end of an attempt."""
     if status.next_attempt_time is None:
         return Decision(status, action, 0.0 if not is_finished(status) else None)
     return Decision(status, action, max(0.0, seconds_until(status.next_attempt_time, now)))
 
 
-def _suspended(job: FineTuneJob, status: FineTuneJobStatus, seen: ObservedRun, now: datetime.datetime) -> Decision:
+def _suspended(spec: Spec, status: RunStatus, seen: ObservedRun, now: datetime.datetime) -> Decision:
     started = status.job_ref is not None or seen.job is not None
     if started:
         ruling = verdict.Verdict(Reason.USER_SUSPENDED, Fate.FREE_RETRY, "suspended by spec.suspend")
-        status = ending.record_attempt(status, ruling, seen.pods, job.spec, now)
+        status = ending.record_attempt(status, ruling, seen.pods, spec, now)
     status = mark(
         status,
         now,
@@ -197,10 +185,10 @@ def _suspended(job: FineTuneJob, status: FineTuneJobStatus, seen: ObservedRun, n
         (ConditionType.PODS_READY, False, Reason.USER_SUSPENDED, ""),
     )
     status = status.model_copy(update={"phase": "Suspended", "next_attempt_time": None, "progress": None})
-    return Decision(status, _delete(job.spec, seen.job))
+    return Decision(status, _delete(spec, seen.job))
 
 
-def _resumed(status: FineTuneJobStatus, now: datetime.datetime) -> FineTuneJobStatus:
+def _resumed(status: RunStatus, now: datetime.datetime) -> RunStatus:
     if not is_true(status.conditions, ConditionType.SUSPENDED):
         return status
     status = mark(
@@ -213,8 +201,8 @@ def _resumed(status: FineTuneJobStatus, now: datetime.datetime) -> FineTuneJobSt
 
 
 def _live(
-    spec: FineTuneJobSpec,
-    status: FineTuneJobStatus,
+    spec: Spec,
+    status: RunStatus,
     job: ObservedJob,
     seen: ObservedRun,
     settings: Settings,
@@ -239,7 +227,7 @@ def _live(
         lost_in, lost = min(leaving, key=lambda pair: pair[0])
         if lost_in > 0:
             return Decision(status, requeue_seconds=lost_in)
-        ruling = verdict.judge_failure(job, seen.pods, _memory_limit(spec, settings), lost)
+        ruling = verdict.judge_failure(job, seen.pods, by_kind.over_memory(spec, settings), lost)
         return _after(ending.end_attempt(status, ruling, seen.pods, spec, settings, now), now, _delete(spec, job))
     if failed or (seen.pod is not None and seen.pod.ended):
         # The Job controller says so within a second or two, and its event brings us back.
@@ -250,8 +238,8 @@ def _live(
 
 
 def _running(
-    spec: FineTuneJobSpec,
-    status: FineTuneJobStatus,
+    spec: Spec,
+    status: RunStatus,
     job: ObservedJob,
     seen: ObservedRun,
     settings: Settings,
@@ -270,8 +258,8 @@ def _running(
 
 
 def _pending(
-    spec: FineTuneJobSpec,
-    status: FineTuneJobStatus,
+    spec: Spec,
+    status: RunStatus,
     job: ObservedJob,
     seen: ObservedRun,
     settings: Settings,
@@ -304,7 +292,7 @@ def _pending(
     return Decision(status.model_copy(update={"phase": "Pending"}), requeue_seconds=min(waits, default=None))
 
 
-def _next_attempt(status: FineTuneJobStatus, seen: ObservedRun, now: datetime.datetime) -> Decision:
+def _next_attempt(status: RunStatus, seen: ObservedRun, now: datetime.datetime) -> Decision:
     if seen.refusal is not None:
         return _refused(status, seen.refusal, now)
     if status.next_attempt_time is not None:
@@ -322,7 +310,7 @@ def _next_attempt(status: FineTuneJobStatus, seen: ObservedRun, now: datetime.da
     return Decision(status, CreateJob(current_attempt(status), halvings(status)))
 
 
-def _refused(status: FineTuneJobStatus, refusal: Refusal, now: datetime.datetime) -> Decision:
+def _refused(status: RunStatus, refusal: Refusal, now: datetime.datetime) -> Decision:
     match refusal.kind:
         case "Foreign":
             return Decision(ending.fail(status, Reason.NAME_CONFLICT, refusal.message, now))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tunewright_api.v1alpha1.status import FineTuneJobStatus
+from tunewright_api.v1alpha1.status import RunStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ Action = CreateJob | DeleteJobs
 class Decision:
     """The outcome of a pass."""
 
-    status: FineTuneJobStatus
+    status: RunStatus
     action: Action | None = None
     requeue_seconds: float | None = None
     """Look again after this time even when nothing happens."""

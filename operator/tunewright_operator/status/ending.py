@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from tunewright_api.conditions import ConditionType, Reason
 from tunewright_api.exit_codes import Fate
 from tunewright_api.run_report import Progress, RunReport
-from tunewright_api.v1alpha1.finetunejob import FineTuneJobSpec, Resources, Retry
-from tunewright_api.v1alpha1.status import MAX_ATTEMPTS_KEPT, Attempt, Failure, FineTuneJobStatus, Plan, Usage
+from tunewright_api.v1alpha1.finetunejob import Retry
+from tunewright_api.v1alpha1.status import MAX_ATTEMPTS_KEPT, Attempt, Failure, RunStatus, Usage
+from tunewright_operator.kinds import Spec
+from tunewright_operator.needs import gpus_of
 from tunewright_operator.observed import ObservedPod, parse_time
 from tunewright_operator.settings import Settings
+from tunewright_operator.status import by_kind
 from tunewright_operator.status.memory import (
     GPU_OUT_OF_MEMORY,
     MAX_MESSAGE,
@@ -28,13 +31,13 @@ MAX_BACKOFF_SECONDS = 300.0
 
 
 def end_attempt(
-    status: FineTuneJobStatus,
+    status: RunStatus,
     verdict: Verdict,
     pods: Sequence[ObservedPod],
-    spec: FineTuneJobSpec,
+    spec: Spec,
     settings: Settings,
     now: datetime.datetime,
-) -> FineTuneJobStatus:
+) -> RunStatus:
     """Record the end of the current attempt and what follows: success, another attempt, or the end."""
     ended = record_attempt(status, verdict, pods, spec, now)
     if verdict.fate is Fate.SUCCEEDED:
@@ -42,19 +45,19 @@ def end_attempt(
         return _succeed(ended, verdict, verdict.report, now)
     if verdict.fate is Fate.FATAL:
         return fail(ended, verdict.cause, verdict.message, now, exit_code=verdict.exit_code)
-    if verdict.cause == GPU_OUT_OF_MEMORY and _micro_batch(ended) == 1:
+    if verdict.cause == GPU_OUT_OF_MEMORY and by_kind.micro_batch(ended, halvings(ended) - 1) == 1:
         message = f"{verdict.message} (micro-batch 1 already: lower hyperparameters.maxSequenceLength, or use QLoRA)"
         return fail(ended, verdict.cause, message, now, exit_code=verdict.exit_code)
     return _restart(ended, verdict, spec.retry or Retry(), settings, now)
 
 
 def record_attempt(
-    status: FineTuneJobStatus,
+    status: RunStatus,
     verdict: Verdict,
     pods: Sequence[ObservedPod],
-    spec: FineTuneJobSpec,
+    spec: Spec,
     now: datetime.datetime,
-) -> FineTuneJobStatus:
+) -> RunStatus:
     """Add the current attempt to the history and its cost to the usage."""
     times = [(pod.started_at, pod.ended_at or timestamp(now)) for pod in pods]
     about = verdict.pod or next(iter(pods), None)
@@ -74,7 +77,7 @@ def record_attempt(
         for started, ended in times
         if started is not None
     )
-    used = round(seconds * (spec.resources or Resources()).gpus)
+    used = round(seconds * gpus_of(spec))
     before = status.usage or Usage()
     lost = 0 if verdict.fate is Fate.SUCCEEDED else used
     usage = Usage(gpu_seconds=before.gpu_seconds + used, lost_gpu_seconds=before.lost_gpu_seconds + lost)
@@ -89,8 +92,8 @@ def record_attempt(
 
 
 def fail(
-    status: FineTuneJobStatus, reason: str, message: str, now: datetime.datetime, *, exit_code: int | None = None
-) -> FineTuneJobStatus:
+    status: RunStatus, reason: str, message: str, now: datetime.datetime, *, exit_code: int | None = None
+) -> RunStatus:
     """Return the status of a run that has failed for good."""
     marked = mark(
         status,
@@ -111,9 +114,7 @@ def fail(
     )
 
 
-def _succeed(
-    status: FineTuneJobStatus, verdict: Verdict, report: RunReport, now: datetime.datetime
-) -> FineTuneJobStatus:
+def _succeed(status: RunStatus, verdict: Verdict, report: RunReport, now: datetime.datetime) -> RunStatus:
     assert report.output is not None
     where = f"the result is at {report.output.uri}"
     marked = mark(
@@ -125,18 +126,16 @@ def _succeed(
         (ConditionType.READY, True, Reason.ARTIFACT_PUBLISHED, where),
         (ConditionType.STALLED, False, verdict.cause, ""),
     )
-    plan = (status.plan or Plan()).model_copy(update=report.plan.model_dump(exclude_none=True) if report.plan else {})
     return marked.model_copy(
         update={
             "phase": "Complete",
             "completion_time": timestamp(now),
             "next_attempt_time": None,
-            "plan": plan,
             "progress": _final_progress(status.progress, report, now),
             "run_key": report.run_key,
             "output": report.output,
-            "evaluation": report.evaluation,
             "failure": None,
+            **by_kind.results(status, report),
         }
     )
 
@@ -164,8 +163,8 @@ def _shown(loss: float | None) -> float | None:
 
 
 def _restart(
-    status: FineTuneJobStatus, verdict: Verdict, retry: Retry, settings: Settings, now: datetime.datetime
-) -> FineTuneJobStatus:
+    status: RunStatus, verdict: Verdict, retry: Retry, settings: Settings, now: datetime.datetime
+) -> RunStatus:
     counted = verdict.fate is Fate.COUNTED_RETRY
     used, limit = (status.restarts, retry.max_restarts) if counted else (status.free_restarts, MAX_FREE_RESTARTS)
     why = f"{verdict.cause}: {verdict.message}"
@@ -183,9 +182,3 @@ def _restart(
             "progress": None,
         }
     )
-
-
-def _micro_batch(status: FineTuneJobStatus) -> int:
-    """Return the micro-batch of the attempt that has just ended; `status.plan` shows what the first one had."""
-    first = int(status.plan.hyperparameters["batchSize"]) if status.plan else 1
-    return max(1, first >> (halvings(status) - 1))

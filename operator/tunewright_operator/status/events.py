@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tunewright_api.conditions import Condition, ConditionType, Reason, find_condition, is_true
-from tunewright_api.v1alpha1.status import FineTuneJobStatus
+from tunewright_api.v1alpha1.status import RunStatus
 
 _POD_PROBLEMS = (Reason.UNSCHEDULABLE, Reason.IMAGE_PULL_FAILED, Reason.CONFIG_ERROR, Reason.FORBIDDEN)
 
@@ -21,7 +21,7 @@ class TransitionEvent:
     action: str
 
 
-def transition_events(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[TransitionEvent]:
+def transition_events(old: RunStatus, new: RunStatus) -> list[TransitionEvent]:
     """Return the events of a pass. A start is no event: the pod has its own, and every request counts."""
     events = []
     if new.job_ref is not None and new.job_ref != old.job_ref:
@@ -49,16 +49,16 @@ def transition_events(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Tr
     return events
 
 
-def _became(old: FineTuneJobStatus, new: FineTuneJobStatus, kind: ConditionType) -> bool:
+def _became(old: RunStatus, new: RunStatus, kind: ConditionType) -> bool:
     return is_true(new.conditions, kind) and not is_true(old.conditions, kind)
 
 
-def _condition(status: FineTuneJobStatus, kind: ConditionType) -> Condition:
+def _condition(status: RunStatus, kind: ConditionType) -> Condition:
     condition = find_condition(status.conditions, kind)
     assert condition is not None, "all conditions are there from the first visit on"
     return condition
 
 
-def _pod_problem(status: FineTuneJobStatus) -> str | None:
+def _pod_problem(status: RunStatus) -> str | None:
     condition = find_condition(status.conditions, ConditionType.PODS_READY)
     return condition.reason if condition is not None and condition.reason in _POD_PROBLEMS else None

@@ -12,7 +12,7 @@ from tunewright_api.conditions import (
     is_true,
     set_condition,
 )
-from tunewright_api.v1alpha1.status import FineTuneJobStatus
+from tunewright_api.v1alpha1.status import RunStatus
 from tunewright_operator.observed import parse_time
 
 MAX_MESSAGE = 2048
@@ -42,22 +42,22 @@ def seconds_until(text: str, now: datetime.datetime) -> float:
     return (parse_time(text) - now).total_seconds()
 
 
-def is_finished(status: FineTuneJobStatus) -> bool:
+def is_finished(status: RunStatus) -> bool:
     """Whether the run has ended for good."""
     return is_true(status.conditions, ConditionType.COMPLETE) or is_true(status.conditions, ConditionType.FAILED)
 
 
-def current_attempt(status: FineTuneJobStatus) -> int:
+def current_attempt(status: RunStatus) -> int:
     """Return the number of the attempt that runs or comes next."""
     return status.attempts[-1].number + 1 if status.attempts else 1
 
 
-def halvings(status: FineTuneJobStatus) -> int:
+def halvings(status: RunStatus) -> int:
     """Return how often an attempt ran out of GPU memory (within the attempts kept, which are more than enough)."""
     return sum(attempt.cause == GPU_OUT_OF_MEMORY for attempt in status.attempts)
 
 
-def mark(status: FineTuneJobStatus, now: datetime.datetime, *marks: Mark) -> FineTuneJobStatus:
+def mark(status: RunStatus, now: datetime.datetime, *marks: Mark) -> RunStatus:
     """Return the status with conditions set, all of them present."""
     conditions = list(status.conditions)
     first = () if conditions else _FIRST
@@ -74,7 +74,7 @@ def mark(status: FineTuneJobStatus, now: datetime.datetime, *marks: Mark) -> Fin
     return status.model_copy(update={"conditions": conditions})
 
 
-def reason_of(status: FineTuneJobStatus, kind: ConditionType) -> str | None:
+def reason_of(status: RunStatus, kind: ConditionType) -> str | None:
     """Return the reason of a condition, None before the first visit."""
     condition = find_condition(status.conditions, kind)
     return condition.reason if condition else None

@@ -1,4 +1,4 @@
-"""Waiting for the results of other FineTuneJobs. Pure."""
+"""Waiting for the results of other workloads. Pure."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import datetime
 
 from tunewright_api.conditions import ConditionType, Reason
 from tunewright_api.references import with_results
-from tunewright_api.v1alpha1.finetunejob import FineTuneJob, FineTuneJobSpec
-from tunewright_api.v1alpha1.status import FineTuneJobStatus, Plan, ResolvedReference
+from tunewright_api.v1alpha1.finetunejob import FineTuneJobSpec
+from tunewright_api.v1alpha1.status import FineTuneJobStatus, ResolvedReference, RunStatus
+from tunewright_operator.kinds import Spec, Workload
 from tunewright_operator.observed import ObservedReference
 from tunewright_operator.status import ending
 from tunewright_operator.status.decision import Decision
 from tunewright_operator.status.memory import mark
 
 
-def take_over(
-    spec: FineTuneJobSpec, status: FineTuneJobStatus, seen: tuple[ObservedReference, ...]
-) -> FineTuneJobStatus:
+def take_over(spec: Spec, status: RunStatus, seen: tuple[ObservedReference, ...]) -> RunStatus:
     """Return the status with the results that are there now; what a name stood for once, it stands for to the end."""
     found = [
         ResolvedReference(fine_tune_job=other.name, manifest_uri=other.manifest_uri)
@@ -25,14 +24,20 @@ def take_over(
     ]
     if found:
         status = status.model_copy(update={"references": [*(status.references or ()), *found]})
-    start = with_results(spec.model, _manifests(status)).continue_from
-    if start is not None and start.uri is not None and status.plan is not None and status.plan.continued_from is None:
-        plan: Plan = status.plan.model_copy(update={"continued_from": start.uri})
-        status = status.model_copy(update={"plan": plan})
+    if isinstance(spec, FineTuneJobSpec) and isinstance(status, FineTuneJobStatus):
+        return _with_start(spec, status)
     return status
 
 
-def wait(status: FineTuneJobStatus, seen: tuple[ObservedReference, ...], now: datetime.datetime) -> Decision | None:
+def _with_start(spec: FineTuneJobSpec, status: FineTuneJobStatus) -> FineTuneJobStatus:
+    """Return the status with the adapter that training goes on from in its plan."""
+    start = with_results(spec.model, _manifests(status)).continue_from
+    if start is None or start.uri is None or status.plan is None or status.plan.continued_from is not None:
+        return status
+    return status.model_copy(update={"plan": status.plan.model_copy(update={"continued_from": start.uri})})
+
+
+def wait(status: RunStatus, seen: tuple[ObservedReference, ...], now: datetime.datetime) -> Decision | None:
     """Return what follows from results that are not there; None when all are.
 
     Waiting asks nothing of the API server: events of the others bring us back.
@@ -48,28 +53,28 @@ def wait(status: FineTuneJobStatus, seen: tuple[ObservedReference, ...], now: da
     return Decision(status.model_copy(update={"phase": "Pending"}))
 
 
-def resolved(job: FineTuneJob, status: FineTuneJobStatus) -> FineTuneJob:
-    """Return the FineTuneJob with the addresses of results in place of names."""
-    return job.model_copy(update={"spec": with_results(job.spec, _manifests(status))})
+def resolved(workload: Workload, status: RunStatus) -> Workload:
+    """Return the workload with the addresses of results in place of names."""
+    return workload.model_copy(update={"spec": with_results(workload.spec, _manifests(status))})
 
 
-def _manifests(status: FineTuneJobStatus) -> dict[str, str]:
+def _manifests(status: RunStatus) -> dict[str, str]:
     return {reference.fine_tune_job: reference.manifest_uri for reference in status.references or ()}
 
 
 def _what(other: ObservedReference) -> str:
     if other.state == "Missing":
-        return f"FineTuneJob {other.name}, which does not exist: create it in this namespace"
-    return f"FineTuneJob {other.name} ({other.detail})"
+        return f"{other.kind.name} {other.name}, which does not exist: create it in this namespace"
+    return f"{other.kind.name} {other.name} ({other.detail})"
 
 
 def _why(other: ObservedReference) -> str:
     if other.state == "Circular":
         return (
-            f"these FineTuneJobs wait for one another, and none can start: {other.detail}. "
+            f"these wait for one another, and none can start: {other.detail}. "
             "Create one of them under another name, with a result that is there"
         )
     return (
-        f"FineTuneJob {other.name}, whose result this one needs, has failed: {other.detail}. Create both again under "
-        "other names once that is corrected"
+        f"{other.kind.name} {other.name}, whose result this one needs, has failed: {other.detail}. Create both again "
+        "under other names once that is corrected"
     )

@@ -54,25 +54,25 @@ def _success_reason(report: RunReport) -> Reason:
 
 
 def judge_failure(
-    job: ObservedJob, pods: Sequence[ObservedPod], memory_limit: str, lost: ObservedPod | None = None
+    job: ObservedJob, pods: Sequence[ObservedPod], over_memory: str, lost: ObservedPod | None = None
 ) -> Verdict:
     """Judge an attempt whose Job has failed: of several pods, by the one that failed first for a reason of its own.
 
     Args:
         job: The Job.
         pods: Its pods.
-        memory_limit: For the message of a pod that went over it.
+        over_memory: What to say of a pod that went over its memory limit.
         lost: One of the pods that should be gone but is not: nobody carries the deletion out.
     """
     if job.completions == 1:
         pod = pods[0] if pods else None
-        return judge_lost_node(lost) if lost is not None else _judge_pod(job, pod, memory_limit)
+        return judge_lost_node(lost) if lost is not None else _judge_pod(job, pod, over_memory)
     rulings = []
     for pod in _to_blame(job, pods, lost):
-        ruling = judge_lost_node(pod) if pod == lost else _judge_pod(job, pod, memory_limit)
+        ruling = judge_lost_node(pod) if pod == lost else _judge_pod(job, pod, over_memory)
         message = f"node {pod.index}: {ruling.message}"
         rulings.append(replace(ruling, message=message, pod=pod))
-    return min(rulings, key=lambda ruling: _precedence(job, ruling), default=_judge_pod(job, None, memory_limit))
+    return min(rulings, key=lambda ruling: _precedence(job, ruling), default=_judge_pod(job, None, over_memory))
 
 
 def _to_blame(job: ObservedJob, pods: Sequence[ObservedPod], lost: ObservedPod | None) -> list[ObservedPod]:
@@ -131,7 +131,7 @@ def _precedence(job: ObservedJob, ruling: Verdict) -> tuple[bool, str, bool]:
     return ruling.cause == PEER_LOST, ruling.pod.ended_at or "~", not _named(job, ruling.pod)
 
 
-def _judge_pod(job: ObservedJob, pod: ObservedPod | None, memory_limit: str) -> Verdict:
+def _judge_pod(job: ObservedJob, pod: ObservedPod | None, over_memory: str) -> Verdict:
     """Judge the end of one pod.
 
     What the trainer itself called final stays final, whatever happened to the pod. Then comes what the platform did
@@ -150,11 +150,7 @@ def _judge_pod(job: ObservedJob, pod: ObservedPod | None, memory_limit: str) -> 
         text = "the pod was evicted for using more than its limits; raise resources.ephemeralStorage or .memory"
         return Verdict(Reason.EVICTED, Fate.COUNTED_RETRY, _joined(text, pod.status_message), pod.exit_code, report)
     if pod.termination_reason == "OOMKilled":
-        text = (
-            f"the container went over its memory limit of {memory_limit} and was killed: raise resources.memory, "
-            "or lower hyperparameters.batchSize or maxSequenceLength"
-        )
-        return Verdict(Reason.OUT_OF_MEMORY, Fate.COUNTED_RETRY, text, pod.exit_code, report)
+        return Verdict(Reason.OUT_OF_MEMORY, Fate.COUNTED_RETRY, over_memory, pod.exit_code, report)
     if pod.deletion_time is not None or pod.exit_code is None:
         message = f"pod {pod.name} was deleted" if pod.deletion_time else job.message or "the pod never ran"
         return Verdict(Reason.POD_DELETED, Fate.FREE_RETRY, message, pod.exit_code, report)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tunewright_api.v1alpha1.adaptermerge import AdapterMergeSpec
 from tunewright_api.v1alpha1.finetunejob import FineTuneJobSpec
 
 Document = dict[str, Any]
@@ -34,3 +35,19 @@ def job_document(name: str = "support-bot", **changes: Any) -> Document:
 def spec(**changes: Any) -> FineTuneJobSpec:
     """Return the smallest valid spec, parsed."""
     return FineTuneJobSpec.model_validate(spec_document(**changes))
+
+
+def merge_document(name: str = "support-bot", **changes: Any) -> Document:
+    """Return the smallest valid AdapterMerge with changes to its spec; a change of None removes the field."""
+    spec = {"adapters": [{"uri": "s3://bucket/adapter"}], "output": {"uri": "s3://bucket/merged"}, **changes}
+    return {
+        "apiVersion": "tunewright.dev/v1alpha1",
+        "kind": "AdapterMerge",
+        "metadata": {"name": name},
+        "spec": {key: value for key, value in spec.items() if value is not None},
+    }
+
+
+def merge_spec(**changes: Any) -> AdapterMergeSpec:
+    """Return the smallest valid spec of an AdapterMerge, parsed."""
+    return AdapterMergeSpec.model_validate(merge_document(**changes)["spec"])

@@ -92,13 +92,14 @@ def test_the_chart_passes_lint(helm: str) -> None:
 
 
 def test_the_default_release_is_complete(render: Render) -> None:
-    """One operator, its identity, cluster-wide rights, roles for people, metrics, the CRD; nothing optional."""
+    """One operator, its identity, cluster-wide rights, roles for people, metrics, the CRDs; nothing optional."""
     kinds = sorted(manifest["kind"] for manifest in render())
     assert kinds == [
         "ClusterRole",
         "ClusterRole",
         "ClusterRole",
         "ClusterRoleBinding",
+        "CustomResourceDefinition",
         "CustomResourceDefinition",
         "Deployment",
         "Service",
@@ -140,14 +141,14 @@ def test_nobody_gets_a_right_on_secrets(render: Render, values: Manifest) -> Non
     assert not [p for p in granted if "secrets" in p[1] or "*" in p]
 
 
-def test_people_see_and_edit_finetunejobs_with_their_namespace_roles(render: Render) -> None:
+def test_people_see_and_edit_workloads_with_their_namespace_roles(render: Render) -> None:
     """Viewers read; editors write, but never the status."""
     roles = {role["metadata"]["name"]: role for role in of_kind(render(), "ClusterRole")}
     viewer, editor = roles["tw-tunewright-viewer"], roles["tw-tunewright-editor"]
     assert viewer["metadata"]["labels"]["rbac.authorization.k8s.io/aggregate-to-view"] == "true"
     assert editor["metadata"]["labels"]["rbac.authorization.k8s.io/aggregate-to-edit"] == "true"
     assert {verb for _, _, verb in permissions(viewer["rules"])} == {"get", "list", "watch"}
-    assert {resource for _, resource, _ in permissions(editor["rules"])} == {"finetunejobs"}
+    assert {resource for _, resource, _ in permissions(editor["rules"])} == {"finetunejobs", "adaptermerges"}
 
 
 def test_the_operator_pod_passes_the_restricted_pod_security_standard(render: Render) -> None:
@@ -189,6 +190,7 @@ def test_the_operator_understands_what_the_chart_sets(render: Render, monkeypatc
     values = {
         "logLevel": "debug",
         "trainer": {"image": {"repository": "example.com/trainer", "tag": "v1"}, "resources": {"memory": "3Gi"}},
+        "merge": {"resources": {"memory": "5Gi"}},
         "storage": {"endpoint": "http://10.0.0.1:8333", "pathStyle": True, "secretName": "s3", "region": "eu-west-1"},
         "hub": {"endpoint": "https://hub.example.com/", "secretName": "hf-token"},
         "settings": {"configErrorGraceSeconds": 2.5, "concurrency": 3},
@@ -199,6 +201,7 @@ def test_the_operator_understands_what_the_chart_sets(render: Render, monkeypatc
     assert settings.log_level == "debug"
     assert settings.trainer_image == "example.com/trainer:v1"
     assert (settings.default_memory, settings.default_cpu) == ("3Gi", "2")
+    assert (settings.default_merge_memory, settings.default_merge_cpu) == ("5Gi", "2")
     assert (settings.config_error_grace_seconds, settings.concurrency) == (2.5, 3)
     assert settings.storage.endpoint == "http://10.0.0.1:8333"
     assert (settings.storage.path_style, settings.storage.region) == (True, "eu-west-1")
@@ -228,17 +231,19 @@ def test_the_image_is_named_by_tag_or_digest(render: Render, image: Manifest, re
 
 
 def test_the_crd_survives_the_release_unless_told_otherwise(render: Render) -> None:
-    """Uninstalling must not delete every FineTuneJob; `crds.keep: false` and `crds.enabled: false` are choices."""
-    crd = only(render(), "CustomResourceDefinition")
-    assert crd["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
-    assert "annotations" not in only(render({"crds": {"keep": False}}), "CustomResourceDefinition")["metadata"]
+    """Uninstalling must not delete every workload; `crds.keep: false` and `crds.enabled: false` are choices."""
+    kept, left = render(), render({"crds": {"keep": False}})
+    for crd in of_kind(kept, "CustomResourceDefinition"):
+        assert crd["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+    assert not [crd for crd in of_kind(left, "CustomResourceDefinition") if "annotations" in crd["metadata"]]
     assert not of_kind(render({"crds": {"enabled": False}}), "CustomResourceDefinition")
 
 
-def test_the_crd_in_the_chart_is_the_generated_one(render: Render) -> None:
-    """Template and plain file define the same schema."""
-    plain = yaml.safe_load((CHART.parents[1] / "crds" / "finetunejobs.yaml").read_text())
-    assert only(render(), "CustomResourceDefinition")["spec"] == plain["spec"]
+def test_the_crds_in_the_chart_are_the_generated_ones(render: Render) -> None:
+    """Templates and plain files define the same schemas."""
+    plain = [yaml.safe_load(path.read_text()) for path in (CHART.parents[1] / "crds").glob("*.yaml")]
+    rendered = {crd["metadata"]["name"]: crd["spec"] for crd in of_kind(render(), "CustomResourceDefinition")}
+    assert rendered == {crd["metadata"]["name"]: crd["spec"] for crd in plain}
 
 
 def test_metrics_can_be_scraped(render: Render) -> None:
@@ -272,6 +277,7 @@ def test_the_network_policy_lets_through_what_the_operator_needs(render: Render)
         ({"watchNamespaces": ["Team"]}, "/watchNamespaces/0"),
         ({"storage": {"endpoint": "s3.example.com"}}, "/storage/endpoint"),
         ({"trainer": {"resources": {"memory": "lots"}}}, "/trainer/resources/memory"),
+        ({"merge": {"resources": {"gpus": 1}}}, "'gpus' not allowed"),
         ({"settings": {"concurrency": 0}}, "/settings/concurrency"),
         ({"image": {"digest": "abc"}}, "/image/digest"),
         ({"metrics": {"service": {"enabled": False}, "serviceMonitor": {"enabled": True}}}, "needs metrics.service"),

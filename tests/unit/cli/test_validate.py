@@ -91,7 +91,7 @@ def test_what_is_no_finetunejob_of_this_version_is_named(run: Run) -> None:
     messages = [line.split(": ", 1)[1] for line in result.stdout.splitlines()]
     assert messages == [
         "apiVersion: 'tunewright.dev/v1' is not served: use tunewright.dev/v1alpha1",
-        "kind: 'FinetuneJob' is not a kind of tunewright.dev: use FineTuneJob",
+        "kind: 'FinetuneJob' is not a kind of tunewright.dev: use FineTuneJob or AdapterMerge",
         "apiVersion: required, but missing",
         "a Kubernetes object must be a mapping, not list",
     ]

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import datetime
 import json
+from collections.abc import Callable
 from typing import Any
 
-from tests.unit.api.builders import job_document
+import pytest
+
+from tests.unit.api.builders import job_document, merge_document
+from tunewright_api.v1alpha1.adaptermerge import AdapterMerge
 from tunewright_api.v1alpha1.finetunejob import FineTuneJob
-from tunewright_api.v1alpha1.status import FineTuneJobStatus, JobRef
-from tunewright_api.validation import parse_finetunejob
+from tunewright_api.v1alpha1.status import JobRef, RunStatus
+from tunewright_api.validation import parse_adaptermerge, parse_finetunejob
+from tunewright_operator import naming
+from tunewright_operator.kinds import FINETUNEJOB, Kind, Workload, kind_of
 from tunewright_operator.observed import ObservedJob, ObservedPod, ObservedRun
 from tunewright_operator.settings import Settings
 from tunewright_operator.status import decide
@@ -44,10 +50,22 @@ def finetunejob(name: str = "bot", generation: int = 1, uid: str = "uid-1", **ch
     return parse_finetunejob(document)
 
 
-def job(attempt: int = 1, **changes: Any) -> ObservedJob:
+def adaptermerge(name: str = "bot", generation: int = 1, uid: str = "uid-1", **changes: Any) -> AdapterMerge:
+    """Return an AdapterMerge as the API server stores it."""
+    document = merge_document(name, **changes)
+    document["metadata"] |= {"namespace": "team-a", "uid": uid, "generation": generation}
+    return parse_adaptermerge(document)
+
+
+Build = Callable[..., Workload]
+BOTH_KINDS = pytest.mark.parametrize("build", [finetunejob, adaptermerge])
+"""For what must hold for either kind: `build` makes a workload."""
+
+
+def job(attempt: int = 1, kind: Kind = FINETUNEJOB, **changes: Any) -> ObservedJob:
     """Return the Job of an attempt, created at `NOW`."""
     values = {
-        "name": f"bot-train-{attempt}",
+        "name": naming.job_name(kind, "bot", attempt),
         "uid": f"job-{attempt}",
         "owner_uid": "uid-1",
         "created": TIME,
@@ -92,8 +110,9 @@ def succeeded(attempt: int = 1) -> ObservedRun:
     return ObservedRun(job=job(attempt, finished="Complete"), pod=ended_pod(0, attempt))
 
 
-def created(attempt: int = 1, **changes: Any) -> FineTuneJobStatus:
-    """Return the status right after the Job of an attempt was created."""
-    status = decide(finetunejob(), FineTuneJobStatus(), ObservedRun(job=job()), NOW, SETTINGS).status
-    reference = JobRef(name=f"bot-train-{attempt}", uid=f"job-{attempt}")
-    return status.model_copy(update={"attempt": attempt, "job_ref": reference, **changes})
+def created(build: Build = finetunejob, **changes: Any) -> RunStatus:
+    """Return the status right after the Job of the first attempt was created."""
+    kind = kind_of(build())
+    status = decide(build(), kind.status(), ObservedRun(job=job(kind=kind)), NOW, SETTINGS).status
+    assert status.job_ref == JobRef(name=naming.job_name(kind, "bot", 1), uid="job-1")
+    return status.model_copy(update=changes)

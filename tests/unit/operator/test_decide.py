@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from tests.unit.operator.builders import (
+    BOTH_KINDS,
     NOW,
     REPORT,
     SETTINGS,
     TIME,
+    Build,
     created,
     ended_pod,
     failed,
@@ -24,14 +26,15 @@ from tests.unit.operator.builders import (
 )
 from tunewright_api.conditions import ConditionType, find_condition
 from tunewright_api.run_report import Progress
-from tunewright_api.v1alpha1.status import Attempt, FineTuneJobStatus
+from tunewright_api.v1alpha1.status import Attempt, FineTuneJobStatus, RunStatus
+from tunewright_operator.kinds import kind_of
 from tunewright_operator.observed import ObservedRun, Refusal
 from tunewright_operator.status import CreateJob, Decision, DeleteJobs, decide, refuse_spec, transition_events
 
 EMPTY = FineTuneJobStatus()
 
 
-def condition(status: FineTuneJobStatus, kind: ConditionType = ConditionType.PODS_READY) -> tuple[str, str, str]:
+def condition(status: RunStatus, kind: ConditionType = ConditionType.PODS_READY) -> tuple[str, str, str]:
     """Return status, reason and message of a condition."""
     found = find_condition(status.conditions, kind)
     assert found is not None
@@ -43,6 +46,7 @@ def test_first_visit_creates_the_job() -> None:
     decision = decide(finetunejob(), EMPTY, ObservedRun(), NOW, SETTINGS)
     assert decision.action == CreateJob(1, 0)
     assert {c.type for c in decision.status.conditions} == set(ConditionType)
+    assert isinstance(decision.status, FineTuneJobStatus)
     assert decision.status.plan is not None
     assert decision.status.plan.hyperparameters["learningRate"] == 2e-4
 
@@ -67,15 +71,17 @@ WAITING: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@BOTH_KINDS
 @pytest.mark.parametrize(("changes", "reason"), WAITING.values(), ids=WAITING.keys())
-def test_why_a_pod_waits(changes: dict[str, Any], reason: str) -> None:
+def test_why_a_pod_waits(build: Build, changes: dict[str, Any], reason: str) -> None:
     """What keeps a pod from running is the reason of PodsReady."""
-    decision = decide(finetunejob(), created(), ObservedRun(job=job(), pod=pod(**changes)), NOW, SETTINGS)
+    decision = decide(build(), created(build), ObservedRun(job=job(), pod=pod(**changes)), NOW, SETTINGS)
     assert condition(decision.status)[1] == reason
     assert decision.status.phase == "Pending"
     assert decision.action is None
 
 
+@BOTH_KINDS
 @pytest.mark.parametrize(
     ("changes", "grace"),
     [
@@ -83,12 +89,12 @@ def test_why_a_pod_waits(changes: dict[str, Any], reason: str) -> None:
         ({"waiting_reason": "ImagePullBackOff"}, SETTINGS.image_pull_grace_seconds),
     ],
 )
-def test_a_pod_that_cannot_start_is_given_up(changes: dict[str, Any], grace: float) -> None:
+def test_a_pod_that_cannot_start_is_given_up(build: Build, changes: dict[str, Any], grace: float) -> None:
     """After the grace period, and not before, the run fails and its Job goes."""
     seen = ObservedRun(job=job(), pod=pod(scheduled_at=TIME, **changes))
-    before = decide(finetunejob(), created(), seen, later(grace - 1), SETTINGS)
+    before = decide(build(), created(build), seen, later(grace - 1), SETTINGS)
     assert (before.action, before.requeue_seconds) == (None, 1)
-    after = decide(finetunejob(), created(), seen, later(grace), SETTINGS)
+    after = decide(build(), created(build), seen, later(grace), SETTINGS)
     assert after.action == DeleteJobs(("bot-train-1",))
     assert after.status.phase == "Failed"
 
@@ -99,11 +105,12 @@ def test_a_job_without_a_pod_gets_a_hint() -> None:
     assert "kubectl describe job bot-train-1" in condition(decision.status)[2]
 
 
-def test_running() -> None:
+@BOTH_KINDS
+def test_running(build: Build) -> None:
     """A running pod makes PodsReady true and sets the start; the pod's progress is taken over."""
     progress = Progress(stage="Training", step=3, updated_at=TIME)
     seen = ObservedRun(job=job(), pod=pod(phase="Running", running=True, started_at=TIME), progress=progress)
-    decision = decide(finetunejob(), created(), seen, later(5), SETTINGS)
+    decision = decide(build(), created(build), seen, later(5), SETTINGS)
     assert condition(decision.status)[0] == "True"
     assert (decision.status.phase, decision.status.start_time) == ("Running", TIME)
     assert decision.status.progress == progress
@@ -154,10 +161,11 @@ ENDS: dict[str, tuple[int, dict[str, Any], str, str]] = {
 }
 
 
+@BOTH_KINDS
 @pytest.mark.parametrize(("code", "facts", "cause", "fate"), ENDS.values(), ids=ENDS.keys())
-def test_how_an_attempt_ends(code: int, facts: dict[str, Any], cause: str, fate: str) -> None:
+def test_how_an_attempt_ends(build: Build, code: int, facts: dict[str, Any], cause: str, fate: str) -> None:
     """The cause is named, and decides whether the run fails, restarts and counts it, or restarts for free."""
-    status = decide(finetunejob(), created(), failed(code, **facts), NOW, SETTINGS).status
+    status = decide(build(), created(build), failed(code, **facts), NOW, SETTINGS).status
     assert status.attempts[-1].cause == cause
     if fate == "final":
         assert status.failure is not None
@@ -176,24 +184,26 @@ def test_out_of_memory_names_the_limit() -> None:
     assert "resources.memory" in status.attempts[0].message
 
 
+@BOTH_KINDS
 @pytest.mark.parametrize(("restarts", "wait"), [(0, 10), (1, 20), (4, 160), (5, 300), (20, 300)])
-def test_backoff_doubles_up_to_five_minutes(restarts: int, wait: int) -> None:
+def test_backoff_doubles_up_to_five_minutes(build: Build, restarts: int, wait: int) -> None:
     """Each counted restart waits twice as long as the one before."""
-    spec = finetunejob(retry={"maxRestarts": 99})
-    status = decide(spec, created(restarts=restarts), failed(1), NOW, SETTINGS).status
+    spec = build(retry={"maxRestarts": 99})
+    status = decide(spec, created(build, restarts=restarts), failed(1), NOW, SETTINGS).status
     assert status.next_attempt_time == later(wait).strftime("%Y-%m-%dT%H:%M:%SZ")
     early = decide(spec, status, ObservedRun(), later(wait - 1), SETTINGS)
     assert (early.action, early.requeue_seconds) == (None, 1)
     assert decide(spec, status, ObservedRun(), later(wait), SETTINGS).action == CreateJob(2, 0)
 
 
+@BOTH_KINDS
 @pytest.mark.parametrize(
     ("used", "code", "rule"),
     [({"restarts": 3}, 1, "retry.maxRestarts"), ({"free_restarts": 20}, 25, "the platform ends")],
 )
-def test_restarts_run_out(used: dict[str, int], code: int, rule: str) -> None:
+def test_restarts_run_out(build: Build, used: dict[str, int], code: int, rule: str) -> None:
     """Counted and free restarts are both bounded; the message keeps the last cause."""
-    status = decide(finetunejob(), created(**used), failed(code), NOW, SETTINGS).status
+    status = decide(build(), created(build, **used), failed(code), NOW, SETTINGS).status
     assert status.failure is not None
     assert status.failure.reason == "BackoffLimitExceeded"
     assert status.attempts[-1].cause in status.failure.message
@@ -212,73 +222,81 @@ def test_gpu_memory_halves_the_micro_batch_until_one() -> None:
     assert "maxSequenceLength" in second.failure.message
 
 
-def test_a_missing_job_is_an_ended_attempt() -> None:
+@BOTH_KINDS
+def test_a_missing_job_is_an_ended_attempt(build: Build) -> None:
     """A Job that is gone by a live read was deleted by somebody; the next attempt is free."""
-    status = decide(finetunejob(), created(), ObservedRun(job_gone=True), NOW, SETTINGS).status
+    status = decide(build(), created(build), ObservedRun(job_gone=True), NOW, SETTINGS).status
     assert (status.attempts[0].cause, status.free_restarts, status.job_ref) == ("JobDeleted", 1, None)
 
 
-def test_earlier_pods_are_waited_for() -> None:
+@BOTH_KINDS
+def test_earlier_pods_are_waited_for(build: Build) -> None:
     """The next attempt starts when no pod of an earlier one can run any more."""
-    status = created(attempts=[Attempt(number=1, cause="Evicted")], job_ref=None)
-    decision = decide(finetunejob(), status, ObservedRun(earlier_pods=("bot-train-1-x",)), NOW, SETTINGS)
+    status = created(build, attempts=[Attempt(number=1, cause="Evicted")], job_ref=None)
+    decision = decide(build(), status, ObservedRun(earlier_pods=("bot-train-1-x",)), NOW, SETTINGS)
     assert decision.action is None
     assert "bot-train-1-x" in condition(decision.status)[2]
     assert decision.requeue_seconds is not None
 
 
-def test_a_lost_node_ends_the_attempt() -> None:
+@BOTH_KINDS
+def test_a_lost_node_ends_the_attempt(build: Build) -> None:
     """A deleted pod that nobody takes away is given up a while after its grace period."""
     seen = ObservedRun(job=job(), pod=pod(running=True, node="node1", deletion_time=TIME))
-    assert decide(finetunejob(), created(), seen, later(59), SETTINGS).action is None
-    decision = decide(finetunejob(), created(), seen, later(60), SETTINGS)
+    assert decide(build(), created(build), seen, later(59), SETTINGS).action is None
+    decision = decide(build(), created(build), seen, later(60), SETTINGS)
     assert decision.action == DeleteJobs(("bot-train-1",))
     assert decision.status.attempts[0].cause == "NodeLost"
 
 
-def test_suspend_deletes_the_job_and_ends_the_attempt() -> None:
+@BOTH_KINDS
+def test_suspend_deletes_the_job_and_ends_the_attempt(build: Build) -> None:
     """Suspending costs no restart; resuming begins the next attempt."""
-    suspended = decide(finetunejob(suspend=True), created(), ObservedRun(job=job(), pod=pod()), NOW, SETTINGS)
+    suspended = decide(build(suspend=True), created(build), ObservedRun(job=job(), pod=pod()), NOW, SETTINGS)
     assert suspended.action == DeleteJobs(("bot-train-1",))
     assert suspended.status.phase == "Suspended"
-    again = decide(finetunejob(suspend=True), suspended.status, ObservedRun(), later(60), SETTINGS)
+    again = decide(build(suspend=True), suspended.status, ObservedRun(), later(60), SETTINGS)
     assert again == Decision(suspended.status)
-    resumed = decide(finetunejob(), suspended.status, ObservedRun(), later(120), SETTINGS)
+    resumed = decide(build(), suspended.status, ObservedRun(), later(120), SETTINGS)
     assert resumed.action == CreateJob(2, 0)
     assert condition(resumed.status, ConditionType.SUSPENDED)[:2] == ("False", "Resumed")
     assert (resumed.status.restarts, resumed.status.free_restarts) == (0, 0)
 
 
-def test_a_run_that_ended_before_it_was_suspended_has_ended() -> None:
+@BOTH_KINDS
+def test_a_run_that_ended_before_it_was_suspended_has_ended(build: Build) -> None:
     """The end of a Job comes before the wish to suspend it."""
-    assert decide(finetunejob(suspend=True), created(), succeeded(), NOW, SETTINGS).status.phase == "Complete"
+    assert decide(build(suspend=True), created(build), succeeded(), NOW, SETTINGS).status.phase == "Complete"
 
 
+@BOTH_KINDS
 @pytest.mark.parametrize(("kind", "status", "started"), [("queue", "Pending", None), ("run", "Running", TIME)])
-def test_timeouts(kind: str, status: str, started: str | None) -> None:
+def test_timeouts(build: Build, kind: str, status: str, started: str | None) -> None:
     """At the limit, and not before, the run fails and its Job goes; the next look is at the limit."""
-    spec = finetunejob(retry={"timeouts": {kind: "12s"}})
+    spec = build(retry={"timeouts": {kind: "12s"}})
     seen = ObservedRun(job=job(), pod=pod(running=started is not None, started_at=started))
-    before = decide(spec, created(start_time=started), seen, later(10), SETTINGS)
+    before = decide(spec, created(build, start_time=started), seen, later(10), SETTINGS)
     assert (before.action, before.requeue_seconds, before.status.phase) == (None, 2, status)
-    after = decide(spec, created(start_time=started), seen, later(12), SETTINGS)
+    after = decide(spec, created(build, start_time=started), seen, later(12), SETTINGS)
     assert after.action == DeleteJobs(("bot-train-1",))
     assert after.status.failure is not None
     assert after.status.failure.reason == "DeadlineExceeded"
     assert f"timeouts.{kind} of 12s" in after.status.failure.message
 
 
-def test_ttl() -> None:
+@BOTH_KINDS
+def test_ttl(build: Build) -> None:
     """Jobs of a finished run go when their time has come; the status stays as it is."""
-    done = decide(finetunejob(), created(), succeeded(), NOW, SETTINGS).status
+    done = decide(build(), created(build), succeeded(), NOW, SETTINGS).status
     seen = ObservedRun(jobs=("bot-train-1", "bot-train-2"))
-    spec = finetunejob(ttlAfterFinished="1h")
+    spec = build(ttlAfterFinished="1h")
     assert decide(spec, done, seen, later(600), SETTINGS) == Decision(done, requeue_seconds=3000)
     assert decide(spec, done, seen, later(3600), SETTINGS) == Decision(done, DeleteJobs(seen.jobs))
     assert decide(spec, done, ObservedRun(), later(3600), SETTINGS) == Decision(done)
-    assert decide(finetunejob(), done, seen, later(3600), SETTINGS) == Decision(done)
+    assert decide(build(), done, seen, later(3600), SETTINGS) == Decision(done)
 
 
+@BOTH_KINDS
 @pytest.mark.parametrize(
     ("refusal", "phase", "kind", "reason"),
     [
@@ -288,10 +306,10 @@ def test_ttl() -> None:
         ("Invalid", "Failed", ConditionType.ACCEPTED, "InvalidSpec"),
     ],
 )
-def test_refused_jobs(refusal: Any, phase: str, kind: ConditionType, reason: str) -> None:
+def test_refused_jobs(build: Build, refusal: Any, phase: str, kind: ConditionType, reason: str) -> None:
     """A refusal that may pass is shown and tried again, another one ends the run."""
     seen = ObservedRun(refusal=Refusal(refusal, "because"))
-    decision = decide(finetunejob(), EMPTY, seen, NOW, SETTINGS)
+    decision = decide(build(), kind_of(build()).status(), seen, NOW, SETTINGS)
     assert decision.status.phase == phase
     assert condition(decision.status, kind)[1:] == (reason, "because")
     assert (decision.requeue_seconds is None) == (phase == "Failed")
@@ -305,20 +323,21 @@ def test_invalid_spec_names_all_problems() -> None:
     assert refuse_spec(status, 4, ["other"], later(1)) == status
 
 
-def events(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[tuple[str, str]]:
+def events(old: RunStatus, new: RunStatus) -> list[tuple[str, str]]:
     """Return type and reason of the events between two statuses."""
     return [(event.type, event.reason) for event in transition_events(old, new)]
 
 
-def test_events_tell_transitions_once() -> None:
+@BOTH_KINDS
+def test_events_tell_transitions_once(build: Build) -> None:
     """Every transition has one event, and a second look has none."""
-    first = decide(finetunejob(), EMPTY, ObservedRun(job=job()), NOW, SETTINGS).status
-    stuck = decide(finetunejob(), first, ObservedRun(job=job(), pod=pod(unschedulable="no")), NOW, SETTINGS).status
-    restarted = decide(finetunejob(), first, failed(1), NOW, SETTINGS).status
-    suspended = decide(finetunejob(suspend=True), first, ObservedRun(), NOW, SETTINGS).status
-    done = decide(finetunejob(), first, succeeded(), NOW, SETTINGS).status
-    broken = decide(finetunejob(), first, failed(20), NOW, SETTINGS).status
-    assert events(EMPTY, first) == [("Normal", "JobCreated")]
+    first = decide(build(), kind_of(build()).status(), ObservedRun(job=job()), NOW, SETTINGS).status
+    stuck = decide(build(), first, ObservedRun(job=job(), pod=pod(unschedulable="no")), NOW, SETTINGS).status
+    restarted = decide(build(), first, failed(1), NOW, SETTINGS).status
+    suspended = decide(build(suspend=True), first, ObservedRun(), NOW, SETTINGS).status
+    done = decide(build(), first, succeeded(), NOW, SETTINGS).status
+    broken = decide(build(), first, failed(20), NOW, SETTINGS).status
+    assert events(kind_of(build()).status(), first) == [("Normal", "JobCreated")]
     assert events(first, stuck) == [("Warning", "Unschedulable")]
     assert events(first, restarted) == [("Warning", "InternalError")]
     assert events(first, suspended) == [("Normal", "UserSuspended")]

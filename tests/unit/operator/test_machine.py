@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import datetime
 from dataclasses import replace
+from typing import ClassVar
 
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tests.unit.operator.builders import NOW, SETTINGS, ended_pod, finetunejob, job, pod
+from tests.unit.operator.builders import NOW, SETTINGS, Build, adaptermerge, ended_pod, finetunejob, job, pod
 from tunewright_api.exit_codes import ExitCode
-from tunewright_api.v1alpha1.status import FineTuneJobStatus
+from tunewright_api.v1alpha1.status import RunStatus
 from tunewright_operator import naming
+from tunewright_operator.kinds import ADAPTERMERGE, FINETUNEJOB, Kind
 from tunewright_operator.observed import ObservedJob, ObservedPod, ObservedRun
 from tunewright_operator.status import CreateJob, DeleteJobs, current_attempt, decide, is_finished
 from tunewright_operator.status.ending import MAX_FREE_RESTARTS
@@ -21,21 +23,24 @@ MAX_RESTARTS = 2
 
 
 class World(RuleBasedStateMachine):
-    """One FineTuneJob, its Jobs and pods, and an operator that may die between its acts."""
+    """One workload, its Jobs and pods, and an operator that may die between its acts."""
+
+    kind: ClassVar[Kind] = FINETUNEJOB
+    build: ClassVar[Build] = staticmethod(finetunejob)
 
     def __init__(self) -> None:
         super().__init__()
         self.now: datetime.datetime = NOW
         self.suspend = False
-        self.status = FineTuneJobStatus()
+        self.status: RunStatus = self.kind.status()
         self.jobs: dict[str, ObservedJob] = {}
         self.pods: dict[str, ObservedPod] = {}
         self.created: list[str] = []
-        self.final: FineTuneJobStatus | None = None
+        self.final: RunStatus | None = None
 
-    def observe(self, status: FineTuneJobStatus) -> ObservedRun:
+    def observe(self, status: RunStatus) -> ObservedRun:
         """Return what a live read shows."""
-        name = naming.job_name("bot", current_attempt(status))
+        name = naming.job_name(self.kind, "bot", current_attempt(status))
         found = self.jobs.get(name)
         named = status.job_ref is not None and status.job_ref.name == name
         return ObservedRun(
@@ -47,16 +52,16 @@ class World(RuleBasedStateMachine):
 
     def reconcile(self, *, dies: bool) -> None:
         """Make one pass; an operator that dies has acted but not written the status."""
-        spec = finetunejob(suspend=self.suspend, retry={"maxRestarts": MAX_RESTARTS}, ttlAfterFinished="1h")
+        spec = self.build(suspend=self.suspend, retry={"maxRestarts": MAX_RESTARTS}, ttlAfterFinished="1h")
         seen = self.observe(self.status)
         decision = decide(spec, self.status, seen, self.now, SETTINGS)
         if isinstance(decision.action, CreateJob):
             attempt = decision.action.attempt
-            name = naming.job_name("bot", attempt)
+            name = naming.job_name(self.kind, "bot", attempt)
             assert not is_finished(self.status), "a finished run creates nothing"
             assert name not in self.jobs, "it would have been observed"
             self.created.append(name)
-            created = job(attempt, created=self.now.strftime("%Y-%m-%dT%H:%M:%SZ"))
+            created = job(attempt, self.kind, created=self.now.strftime("%Y-%m-%dT%H:%M:%SZ"))
             self.jobs[name], self.pods[name] = created, pod(attempt)
             decision = decide(spec, self.status, replace(seen, job=created, pod=self.pods[name]), self.now, SETTINGS)
             assert decision.action is None
@@ -125,7 +130,7 @@ class World(RuleBasedStateMachine):
     @invariant()
     def deciding_twice_changes_nothing(self) -> None:
         """A pass right after a written pass without an act has nothing to write."""
-        spec = finetunejob(suspend=self.suspend, retry={"maxRestarts": MAX_RESTARTS}, ttlAfterFinished="1h")
+        spec = self.build(suspend=self.suspend, retry={"maxRestarts": MAX_RESTARTS}, ttlAfterFinished="1h")
         first = decide(spec, self.status, self.observe(self.status), self.now, SETTINGS)
         second = decide(spec, first.status, self.observe(first.status), self.now, SETTINGS)
         if first.action is None and second.action is None:
@@ -134,3 +139,14 @@ class World(RuleBasedStateMachine):
 
 World.TestCase.settings = hypothesis_settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestWorld = World.TestCase
+
+
+class MergeWorld(World):
+    """The same of an AdapterMerge."""
+
+    kind = ADAPTERMERGE
+    build = staticmethod(adaptermerge)
+
+
+MergeWorld.TestCase.settings = hypothesis_settings(max_examples=50, stateful_step_count=40, deadline=None)
+TestMergeWorld = MergeWorld.TestCase

@@ -50,12 +50,12 @@ def test_finished_job(kind: str) -> None:
 
 def test_jobs_of_others() -> None:
     """Owners that are not controllers do not count, and other kinds are no FineTuneJobs."""
-    assert parse_owner(raw_job()) == Owner("uid-1", "bot", deleting=False)
+    assert parse_owner(raw_job()) == Owner("uid-1", "FineTuneJob", "bot", deleting=False)
     assert parse_owner(raw_job(metadata={"ownerReferences": [{**OWNER, "controller": False}]})).uid is None
     other = parse_owner(
         raw_job(metadata={"ownerReferences": [{**OWNER, "kind": "CronJob"}], "deletionTimestamp": TIME})
     )
-    assert other == Owner("uid-1", None, deleting=True)
+    assert other == Owner("uid-1", "CronJob", "bot", deleting=True)
 
 
 def test_new_pod() -> None:

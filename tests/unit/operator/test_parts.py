@@ -27,7 +27,7 @@ def test_metrics_have_help_and_no_names() -> None:
     """Every metric is described, and no label would grow with the number of objects."""
     families = [family for family in metrics.REGISTRY.collect() if family.name.startswith("tunewright_")]
     assert len(families) > 10
-    allowed = {"result", "namespace", "phase", "reason", "verb", "resource", "code", "version", "le"}
+    allowed = {"result", "namespace", "phase", "reason", "kind", "verb", "resource", "code", "version", "le"}
     for family in families:
         assert family.documentation, family.name
         assert {label for sample in family.samples for label in sample.labels} <= allowed, family.name

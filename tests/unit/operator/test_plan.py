@@ -13,6 +13,7 @@ import yaml
 from tests.unit.operator.builders import SETTINGS, finetunejob
 from tunewright_api.run_config import TrainRun
 from tunewright_operator.errors import RunTooLarge
+from tunewright_operator.kinds import KINDS
 from tunewright_operator.naming import job_name, service_name
 from tunewright_operator.plan import build_job, build_service, plan_run
 from tunewright_operator.settings import Settings
@@ -198,9 +199,11 @@ def test_a_document_that_does_not_fit_is_refused() -> None:
 
 def test_names_fit_a_host_name() -> None:
     """The longest Job name leaves room for the pod's suffix of six characters, and its Service's name fits too."""
-    assert len(job_name("n" * 45, 999)) + 6 <= 63
-    assert len(f"{job_name('n' * 45, 999)}-63") <= 63
-    assert len(service_name(job_name("n" * 45, 999))) <= 63
+    for kind in KINDS:
+        longest = job_name(kind, "n" * 45, 999)
+        assert len(longest) + 6 <= 63
+        assert len(f"{longest}-63") <= 63
+        assert len(service_name(longest)) <= 63
 
 
 def test_a_service_s_name_begins_with_a_letter() -> None:

@@ -13,9 +13,10 @@ from aiohttp import web
 from tests.unit.operator.builders import NOW, SETTINGS, TIME, created, job, pod
 from tunewright_api.run_report import MAX_PROGRESS_BYTES, Progress
 from tunewright_operator import observe
+from tunewright_operator.kinds import FINETUNEJOB, Key
 from tunewright_operator.observe import Observer
 from tunewright_operator.observed import ObservedPod, ObservedRun
-from tunewright_operator.store import Entry, Key, Store
+from tunewright_operator.store import Entry, Store
 
 VALID = {"stage": "Training", "step": 3, "totalSteps": 10, "percent": 30.0, "loss": 1.5, "updatedAt": TIME}
 
@@ -130,12 +131,12 @@ async def test_no_more_often_than_the_interval(asked: list[str]) -> None:
 async def observed(completions: int, *pods: ObservedPod) -> ObservedRun:
     """Return what is seen of a run with these pods in the store."""
     store = Store()
-    entry = store.entry(Key("team-a", "bot"))
+    entry = store.entry(Key(FINETUNEJOB, "team-a", "bot"))
     entry.jobs = {"bot-train-1": job(completions=completions)}
     entry.pods = {one.name: one for one in pods}
     observer = Observer(None, store, SETTINGS)  # type: ignore[arg-type]  # no request goes to the API server
     try:
-        return await observer.run(Key("team-a", "bot"), "uid-1", created(), NOW)
+        return await observer.run(Key(FINETUNEJOB, "team-a", "bot"), "uid-1", created(), NOW)
     finally:
         await observer.close()
 

@@ -10,21 +10,23 @@ from tests.unit.api.builders import job_document
 from tests.unit.operator.builders import NOW, REPORT, SETTINGS, TIME, created, failed, job, later
 from tests.unit.operator.builders import finetunejob as plain_finetunejob
 from tests.unit.operator.test_decide import condition
+from tests.unit.operator.test_plan import environment
 from tunewright_api.conditions import ConditionType
 from tunewright_api.v1alpha1.finetunejob import FineTuneJob
 from tunewright_api.v1alpha1.status import FineTuneJobStatus, ResolvedReference
 from tunewright_operator import kube
 from tunewright_operator.errors import NotFound
+from tunewright_operator.kinds import FINETUNEJOB, Key
 from tunewright_operator.observe import Observer
 from tunewright_operator.observed import ObservedReference, ObservedRun
 from tunewright_operator.plan import build_job
 from tunewright_operator.settings import Settings
 from tunewright_operator.status import CreateJob, decide, resolved
-from tunewright_operator.store import Key, Store
+from tunewright_operator.store import Store
 
 EMPTY = FineTuneJobStatus()
 MANIFEST = REPORT["output"]["manifestUri"]
-DONE = ObservedReference("first", "Complete", manifest_uri=MANIFEST)
+DONE = ObservedReference(FINETUNEJOB, "first", "Complete", manifest_uri=MANIFEST)
 
 
 def finetunejob(name: str = "bot", other: str = "first", **changes: Any) -> FineTuneJob:
@@ -36,9 +38,9 @@ def finetunejob(name: str = "bot", other: str = "first", **changes: Any) -> Fine
 @pytest.mark.parametrize(
     ("other", "text"),
     [
-        (ObservedReference("first", "Unfinished", "Running"), "FineTuneJob first (Running)"),
-        (ObservedReference("first", "Unfinished", "Suspended"), "FineTuneJob first (Suspended)"),
-        (ObservedReference("first", "Missing"), "FineTuneJob first, which does not exist: create it"),
+        (ObservedReference(FINETUNEJOB, "first", "Unfinished", "Running"), "FineTuneJob first (Running)"),
+        (ObservedReference(FINETUNEJOB, "first", "Unfinished", "Suspended"), "FineTuneJob first (Suspended)"),
+        (ObservedReference(FINETUNEJOB, "first", "Missing"), "FineTuneJob first, which does not exist: create it"),
     ],
 )
 def test_no_job_before_the_result_is_there(other: ObservedReference, text: str) -> None:
@@ -57,6 +59,7 @@ def test_the_result_goes_into_the_run() -> None:
     decision = decide(finetunejob(), EMPTY, ObservedRun(references=(DONE,)), NOW, SETTINGS)
     assert decision.action == CreateJob(1, 0)
     assert decision.status.references == [ResolvedReference(fine_tune_job="first", manifest_uri=MANIFEST)]
+    assert isinstance(decision.status, FineTuneJobStatus)
     assert decision.status.plan is not None
     assert (decision.status.plan.continued_from, decision.status.plan.lora) == (MANIFEST, None)
     manifest = build_job(resolved(finetunejob(), decision.status), 1, 0, SETTINGS)
@@ -71,7 +74,8 @@ def test_later_attempts_use_the_same_result() -> None:
     restarted = decide(finetunejob(), status, failed(1), NOW, SETTINGS).status
     again = decide(finetunejob(), restarted, ObservedRun(), later(60), SETTINGS)
     assert again.action == CreateJob(2, 0)
-    assert resolved(finetunejob(), again.status).spec.model.continue_from is not None
+    manifest = build_job(resolved(finetunejob(), again.status), 2, 0, SETTINGS)
+    assert f'"continueFrom":{{"uri":"{MANIFEST}"}}' in environment(manifest)["TUNEWRIGHT_RUN"]
     assert again.status.references == first.references
 
 
@@ -79,15 +83,18 @@ def test_a_result_that_is_found_after_the_job_is_recorded() -> None:
     """An operator that died between creating the Job and writing the status finds out again."""
     status = decide(finetunejob(), EMPTY, ObservedRun(job=job(), references=(DONE,)), NOW, SETTINGS).status
     assert status.references is not None
-    lost = ObservedRun(job=job(), references=(ObservedReference("first", "Missing"),))
+    lost = ObservedRun(job=job(), references=(ObservedReference(FINETUNEJOB, "first", "Missing"),))
     assert condition(decide(finetunejob(), EMPTY, lost, NOW, SETTINGS).status)[1] == "WaitingForPods"
 
 
 @pytest.mark.parametrize(
     ("other", "texts"),
     [
-        (ObservedReference("first", "Failed", "InvalidData: row 3"), ["FineTuneJob first,", "InvalidData: row 3"]),
-        (ObservedReference("b", "Circular", "a -> b -> a"), ["wait for one another", "a -> b -> a"]),
+        (
+            ObservedReference(FINETUNEJOB, "first", "Failed", "InvalidData: row 3"),
+            ["FineTuneJob first,", "InvalidData: row 3"],
+        ),
+        (ObservedReference(FINETUNEJOB, "b", "Circular", "a -> b -> a"), ["wait for one another", "a -> b -> a"]),
     ],
 )
 def test_what_can_never_come_fails_the_run(other: ObservedReference, texts: list[str]) -> None:
@@ -102,7 +109,7 @@ def test_what_can_never_come_fails_the_run(other: ObservedReference, texts: list
 
 def test_suspend_while_waiting() -> None:
     """A waiting run can be suspended, and waits again afterwards; it has had no attempt."""
-    seen = ObservedRun(references=(ObservedReference("first", "Unfinished", "Running"),))
+    seen = ObservedRun(references=(ObservedReference(FINETUNEJOB, "first", "Unfinished", "Running"),))
     waiting = decide(finetunejob(), EMPTY, seen, NOW, SETTINGS).status
     suspended = decide(finetunejob(suspend=True), waiting, seen, NOW, SETTINGS).status
     assert (suspended.phase, suspended.attempts) == ("Suspended", [])
@@ -137,7 +144,7 @@ class FakeApi:
 
     async def get(self, resource: kube.Resource, namespace: str, name: str) -> dict[str, Any]:
         """Return a document."""
-        assert (resource, namespace) == (kube.FINETUNEJOBS, "team-a")
+        assert (resource, namespace) == (kube.workloads(FINETUNEJOB), "team-a")
         self.requests.append(name)
         if name not in self.documents:
             raise NotFound(404, "NotFound", name)
@@ -153,7 +160,7 @@ def stored(name: str, version: int = 1, **status: Any) -> dict[str, Any]:
 
 def key(name: str) -> Key:
     """Return the key of a FineTuneJob in the test's namespace."""
-    return Key("team-a", name)
+    return Key(FINETUNEJOB, "team-a", name)
 
 
 @pytest.fixture
@@ -175,11 +182,11 @@ async def look(store: Store, api: FakeApi, name: str, other: str) -> ObservedRef
 async def test_waiting_costs_no_request(api: FakeApi) -> None:
     """What the watches have delivered is enough until the other one has ended."""
     store = Store()
-    assert await look(store, api, "bot", "first") == ObservedReference("first", "Missing")
-    store.put_finetunejob(stored("first"))
-    assert await look(store, api, "bot", "first") == ObservedReference("first", "Unfinished", "Pending")
-    store.put_finetunejob(stored("first", 2, phase="Running"))
-    assert await look(store, api, "bot", "first") == ObservedReference("first", "Unfinished", "Running")
+    assert await look(store, api, "bot", "first") == ObservedReference(FINETUNEJOB, "first", "Missing")
+    store.put_workload(FINETUNEJOB, stored("first"))
+    assert await look(store, api, "bot", "first") == ObservedReference(FINETUNEJOB, "first", "Unfinished", "Pending")
+    store.put_workload(FINETUNEJOB, stored("first", 2, phase="Running"))
+    assert await look(store, api, "bot", "first") == ObservedReference(FINETUNEJOB, "first", "Unfinished", "Running")
     assert api.requests == []
     assert store.awaited_by(key("first")) == (key("bot"),)
 
@@ -187,14 +194,16 @@ async def test_waiting_costs_no_request(api: FakeApi) -> None:
 async def test_an_ended_one_is_read_once(api: FakeApi) -> None:
     """Result or failure come from one live read, after which nobody waits."""
     store = Store()
-    store.put_finetunejob(stored("first", completionTime=TIME, phase="Complete"))
+    store.put_workload(FINETUNEJOB, stored("first", completionTime=TIME, phase="Complete"))
     api.documents["first"] = stored("first", output=REPORT["output"])
     assert await look(store, api, "bot", "first") == DONE
     api.documents["first"] = stored("first", failure={"reason": "InvalidData", "message": "row 3"})
-    assert await look(store, api, "bot", "first") == ObservedReference("first", "Failed", "InvalidData: row 3")
+    assert await look(store, api, "bot", "first") == ObservedReference(
+        FINETUNEJOB, "first", "Failed", "InvalidData: row 3"
+    )
     assert store.awaited_by(key("first")) == ()
     del api.documents["first"]
-    assert await look(store, api, "bot", "first") == ObservedReference("first", "Missing")
+    assert await look(store, api, "bot", "first") == ObservedReference(FINETUNEJOB, "first", "Missing")
     assert api.requests == ["first"] * 3
     assert store.awaited_by(key("first")) == (key("bot"),)
 
@@ -213,22 +222,26 @@ async def test_circles_are_found_by_whoever_closes_them(api: FakeApi) -> None:
     """Three that wait for one another, and one that waits for itself; a chain is no circle."""
     store = Store()
     for name in "abc":
-        store.put_finetunejob(stored(name))
+        store.put_workload(FINETUNEJOB, stored(name))
     assert (await look(store, api, "a", "b")).state == "Unfinished"
     assert (await look(store, api, "b", "c")).state == "Unfinished"
-    assert await look(store, api, "c", "a") == ObservedReference("a", "Circular", "c -> a -> b -> c")
-    assert await look(store, api, "a", "a") == ObservedReference("a", "Circular", "a -> a")
+    assert await look(store, api, "c", "a") == ObservedReference(
+        FINETUNEJOB, "a", "Circular", "finetunejob/c -> finetunejob/a -> finetunejob/b -> finetunejob/c"
+    )
+    assert await look(store, api, "a", "a") == ObservedReference(
+        FINETUNEJOB, "a", "Circular", "finetunejob/a -> finetunejob/a"
+    )
 
 
 def test_those_who_have_ended_or_gone_wait_for_nobody() -> None:
     """Bookkeeping ends with the FineTuneJob, whichever way that goes."""
     store = Store()
     for name in ("a", "b"):
-        store.put_finetunejob(stored(name))
+        store.put_workload(FINETUNEJOB, stored(name))
         store.wait_for(key(name), [key("first"), key("second")])
     assert store.awaited_by(key("first")) == (key("a"), key("b"))
-    store.put_finetunejob(stored("a", 2, completionTime=TIME, phase="Failed"))
+    store.put_workload(FINETUNEJOB, stored("a", 2, completionTime=TIME, phase="Failed"))
     assert store.awaited_by(key("first")) == (key("b"),)
-    store.drop_finetunejob(stored("b"))
+    store.drop_workload(FINETUNEJOB, stored("b"))
     assert store.awaited_by(key("second")) == ()
     assert store.circle(key("a")) == ()

@@ -12,7 +12,7 @@ from tests.unit.operator.builders import NOW, REPORT, SETTINGS, TIME, created, e
 from tunewright_api.conditions import ConditionType, find_condition
 from tunewright_api.run_report import Progress
 from tunewright_api.v1alpha1.finetunejob import FineTuneJob
-from tunewright_api.v1alpha1.status import FineTuneJobStatus
+from tunewright_api.v1alpha1.status import RunStatus
 from tunewright_operator.observed import ObservedPod, ObservedRun
 from tunewright_operator.status import DeleteJobs, decide
 
@@ -58,7 +58,7 @@ def seen(*pods: ObservedPod, **changes: Any) -> ObservedRun:
     return replace(ObservedRun(job=JOB, pod=first, followers=followers), **changes)
 
 
-def pods_ready(status: FineTuneJobStatus) -> tuple[str, str, str]:
+def pods_ready(status: RunStatus) -> tuple[str, str, str]:
     """Return status, reason and message of PodsReady."""
     found = find_condition(status.conditions, ConditionType.PODS_READY)
     assert found is not None
@@ -296,7 +296,7 @@ def with_ttl() -> FineTuneJob:
     return finetunejob(resources={"nodes": 2}, ttlAfterFinished="1h")
 
 
-def done() -> FineTuneJobStatus:
+def done() -> RunStatus:
     """Return the status of a run that has succeeded."""
     pods = (end(0, 0, report=json.dumps(REPORT)), end(1, 0))
     return decide(PAIR, created(), seen(*pods, job=replace(JOB, finished="Complete")), later(90), SETTINGS).status

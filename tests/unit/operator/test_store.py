@@ -6,9 +6,10 @@ from typing import Any
 
 from tests.unit.api.builders import job_document
 from tests.unit.operator.builders import TIME
-from tunewright_operator.store import Key, Store
+from tunewright_operator.kinds import FINETUNEJOB, Key
+from tunewright_operator.store import Store
 
-KEY = Key("team-a", "bot")
+KEY = Key(FINETUNEJOB, "team-a", "bot")
 
 
 def finetunejob(version: int, **status: Any) -> dict[str, Any]:
@@ -30,18 +31,18 @@ def child(name: str, **status: Any) -> dict[str, Any]:
 def test_only_newer_versions_are_news() -> None:
     """Lists and watches overlap; what is known already leads to no pass."""
     store = Store()
-    assert store.put_finetunejob(finetunejob(5)) == KEY
-    assert store.put_finetunejob(finetunejob(5)) is None
-    assert store.put_finetunejob(finetunejob(4)) is None
-    assert store.put_finetunejob(finetunejob(6)) == KEY
+    assert store.put_workload(FINETUNEJOB, finetunejob(5)) == KEY
+    assert store.put_workload(FINETUNEJOB, finetunejob(5)) is None
+    assert store.put_workload(FINETUNEJOB, finetunejob(4)) is None
+    assert store.put_workload(FINETUNEJOB, finetunejob(6)) == KEY
 
 
 def test_the_echo_of_an_own_write_is_no_news() -> None:
     """The watch shows a write of ours again; until then it is awaited, which health looks at."""
     store = Store()
-    store.put_finetunejob(finetunejob(7), written=True)
+    store.put_workload(FINETUNEJOB, finetunejob(7), written=True)
     assert store.entry(KEY).awaited is not None
-    assert store.put_finetunejob(finetunejob(7)) is None
+    assert store.put_workload(FINETUNEJOB, finetunejob(7)) is None
     assert store.entry(KEY).awaited is None
     assert store.longest_awaited() == 0
 
@@ -49,12 +50,12 @@ def test_the_echo_of_an_own_write_is_no_news() -> None:
 def test_little_is_kept() -> None:
     """Field managers are left out; of a finished run only version and phase stay."""
     store = Store()
-    store.put_finetunejob(finetunejob(1))
+    store.put_workload(FINETUNEJOB, finetunejob(1))
     text = store.entry(KEY).text
     assert text is not None
     assert len(text) < 700
     store.put_pod(child("p"))
-    store.put_finetunejob(finetunejob(2, completionTime=TIME, phase="Complete"))
+    store.put_workload(FINETUNEJOB, finetunejob(2, completionTime=TIME, phase="Complete"))
     entry = store.entry(KEY)
     assert (entry.text, entry.pods, entry.finished, entry.phase) == (None, {}, True, "Complete")
     assert store.put_pod(child("p2")) is None
@@ -94,5 +95,5 @@ def test_last_words_outlive_the_pod() -> None:
 def test_phases_are_counted_by_namespace() -> None:
     """The gauge of FineTuneJobs has no names in it."""
     store = Store()
-    store.put_finetunejob(finetunejob(1, phase="Running"))
-    assert store.phases() == {("team-a", "Running"): 1}
+    store.put_workload(FINETUNEJOB, finetunejob(1, phase="Running"))
+    assert store.phases(FINETUNEJOB) == {("team-a", "Running"): 1}

@@ -4,7 +4,8 @@ taking the supervisor along.
     FOLDER/MODULE.json          the task, written by the supervisor
     FOLDER/MODULE.result.json   written by the process: the step's own document, or an error event
 
-The process exits with the code of its error. It gets no credentials, and what it prints goes to the log.
+The process exits with the code of its error. It gets no credentials, but those of S3 where it reads from there itself,
+and what it prints goes to the log.
 """
 
 from __future__ import annotations
@@ -54,7 +55,15 @@ class Step:
 
 
 def run_child(
-    step: Step, task: BaseModel, result: type[R], folder: Path, environment: Mapping[str, str], log: RunLog, stop: Stop
+    step: Step,
+    task: BaseModel,
+    result: type[R],
+    folder: Path,
+    environment: Mapping[str, str],
+    log: RunLog,
+    stop: Stop,
+    *,
+    reads_storage: bool = False,
 ) -> R:
     """Run a step and return what came of it.
 
@@ -66,6 +75,7 @@ def run_child(
         environment: Of the process, less credentials.
         log: Takes what it prints.
         stop: Ends it when it is requested.
+        reads_storage: Leave it the credentials of S3.
 
     Raises:
         WorkerFailure: The step gave up; code, reason and message are its own.
@@ -78,7 +88,9 @@ def run_child(
     answer_file.unlink(missing_ok=True)
     task_file.write_text(task.model_dump_json(by_alias=True))
     kills_before = oom_kills()
-    process = WorkerProcess([sys.executable, "-m", step.module, str(task_file)], environment, log)
+    process = WorkerProcess(
+        [sys.executable, "-m", step.module, str(task_file)], environment, log, reads_storage=reads_storage
+    )
     try:
         while process.exit_code() is None:
             stop.sleep(POLL_SECONDS)
