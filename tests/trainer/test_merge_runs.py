@@ -35,7 +35,7 @@ from tunewright_trainer.merge import product
 from tunewright_trainer.merge.adapter import Adapter
 from tunewright_trainer.merge.checkpoint import Checkpoint
 from tunewright_trainer.merge.inputs import TrainedOn, find_adapter
-from tunewright_trainer.merge.sinks import StorageSink
+from tunewright_trainer.merge.sinks import StorageSink, WrittenFile
 from tunewright_trainer.merge.stream import MergeFindings, merge
 from tunewright_trainer.settings import SupervisorSettings
 from tunewright_trainer.storage import Storage
@@ -66,18 +66,19 @@ def hub(monkeypatch: pytest.MonkeyPatch, tiny: Path) -> Iterator[HubServer]:
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nonexistent")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with HubServer.start() as running:
+        running.part_bytes = 4_000_000
         running.tokens[TOKEN] = User("alice", ("org",))
         running.add("model", "org/base", {path.name: path.read_bytes() for path in tiny.iterdir()})
         yield running
 
 
-def run(bucket: Bucket, settings: SupervisorSettings, **spec: object) -> RunReport:
+def run(bucket: Bucket, settings: SupervisorSettings, **spec: Any) -> RunReport:
     """Merge on the inputs of a bucket."""
-    given = {"adapters": [{"uri": ADAPTERS}], "output": {"uri": OUT}, **spec}
+    given: dict[str, Any] = {"adapters": [{"uri": ADAPTERS}], "output": {"uri": OUT}, **spec}
     return supervisor.run(merge_run(bucket.server.endpoint, **given), settings)
 
 
-def test_a_merge_is_published(inputs: Bucket, tmp_path: Path, tiny: Path) -> None:
+def test_a_merge_is_published(inputs: Bucket, storage: Storage, tmp_path: Path, tiny: Path) -> None:
     """The merged model lies in the run's folder with everything that was proved of it, and is base plus delta."""
     settings = merge_settings(tmp_path / "work", inputs, termination_log=tmp_path / "termination")
     report = run(inputs, settings, dtype="Float32")
@@ -114,8 +115,22 @@ def test_a_merge_is_published(inputs: Bucket, tmp_path: Path, tiny: Path) -> Non
     document = inputs.json(f"{own}/run.json")
     assert document["inputs"]["model"] == {"uri": BASE, "version": report.merge.base_version}
     assert json.loads(report.to_json())["merge"]["adapters"][0]["uri"].endswith("/manifest.json")
+    checked = CliRunner().invoke(app, ["verify", OUT, "--endpoint", inputs.server.endpoint])
+    assert checked.exit_code == 0, checked.output
+    assert "files     passed" in checked.output
+    assert "bit by bit: 6 tensors changed" in checked.output
+    other = write_adapter(tmp_path / "changed", BASE, seed=9)
+    publish_adapter(storage, ADAPTERS, other, BASE, key="ef" * 8)
+    assert CliRunner().invoke(app, ["verify", OUT, "--endpoint", inputs.server.endpoint]).exit_code == 0
+    inputs.client.upload_file(str(tmp_path / "merged.safetensors"), "tests", f"{own}/merged/config.json")
+    broken = CliRunner().invoke(app, ["verify", OUT, "--endpoint", inputs.server.endpoint, "--output", "json"])
+    assert broken.exit_code == 1
+    (check,) = json.loads(broken.stdout)["checks"]
+    assert (check["name"], check["passed"]) == ("files", False)
+    assert "merged/config.json has " in check["detail"]
 
 
+@pytest.mark.timeout(300)
 def test_several_adapters_from_and_to_the_hub(
     bucket: Bucket, storage: Storage, tiny: Path, tmp_path: Path, hub: HubServer
 ) -> None:
@@ -125,11 +140,10 @@ def test_several_adapters_from_and_to_the_hub(
     hub.repositories["model", "org/base"].commit("main", "another model", "", {"config.json": b"{}"})
     adapters = []
     for number, weight in ((1, 0.5), (2, 2.0)):
-        config = {"revision": commit, "base_model_name_or_path": "org/base"}
         upload_folder(
-            bucket, write_adapter(tmp_path / f"{number}", "org/base", seed=number, **config), f"plain{number}"
+            bucket, write_adapter(tmp_path / f"{number}", "org/base", seed=number, revision=commit), f"p{number}"
         )
-        adapters.append({"uri": f"s3://tests/plain{number}", "weight": weight})
+        adapters.append({"uri": f"s3://tests/p{number}", "weight": weight})
     report = run(
         bucket,
         merge_settings(tmp_path / "work", bucket, environment={"HF_TOKEN": TOKEN}),
@@ -220,16 +234,37 @@ def wrong_scale(base: Checkpoint, adapter: Adapter, *arguments: Any, **options: 
     return merge(base, replace(adapter, config={**adapter.config, "lora_alpha": 16}), *arguments, **options)
 
 
-def template_lost(base: Checkpoint, adapter: Adapter, sink: StorageSink, **options: Any) -> MergeFindings:
-    """Merge and leave out the chat template."""
-    findings = merge(base, adapter, sink, **options)
-    sink._sink._storage.delete_folder(f"{sink._sink._folder_uri}/chat_template.jinja")  # type: ignore[attr-defined]
-    return replace(findings, files=tuple(file for file in findings.files if file.name != "chat_template.jinja"))
+class Nowhere:
+    """A file that is never stored."""
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Forget the data."""
+
+    def finish(self) -> WrittenFile:
+        """Say anything."""
+        return WrittenFile("", 0, "")
+
+    abort = finish
+
+
+class WithoutTemplate(StorageSink):
+    """Leaves out the chat template."""
+
+    def open(self, name: str, size_bytes: int) -> Any:
+        """Begin a file."""
+        return Nowhere() if name == "chat_template.jinja" else super().open(name, size_bytes)
+
+
+def template_lost(base: Checkpoint, adapter: Adapter, sink: Any, **options: Any) -> MergeFindings:
+    """Merge and say nothing of a chat template."""
+    inner = sink._sink
+    findings = merge(base, adapter, WithoutTemplate(inner._storage, inner._folder_uri), **options)
+    return replace(findings, files=tuple(file for file in findings.files if file.name))
 
 
 @pytest.mark.parametrize(
     ("sabotaged", "message"),
-    [(wrong_scale, "it shows 2.00 of the adapter's effect"), (template_lost, "chat template")],
+    [(wrong_scale, "the merged model does not give the logits of base and adapter"), (template_lost, "chat template")],
 )
 def test_a_model_that_answers_otherwise_is_not_published(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sabotaged: Any, message: str
