@@ -184,6 +184,9 @@ ObjectName = _matches(
 FineTuneJobName = _matches(
     r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", "the name of a FineTuneJob: lower-case letters, digits and '-'", 45
 )
+AdapterMergeName = _matches(
+    r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", "the name of an AdapterMerge: lower-case letters, digits and '-'", 45
+)
 SplitName = _matches(
     r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$",
     "the name of a split: use a name such as train, and maxSamples for a part",

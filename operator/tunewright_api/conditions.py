@@ -12,7 +12,7 @@ from tunewright_api.base import StatusModel
 
 
 class ConditionType(enum.StrEnum):
-    """Conditions of a FineTuneJob; all are present from the first visit on."""
+    """Conditions of a workload; all are present from the first visit on."""
 
     ACCEPTED = "Accepted"
     """The spec is usable."""
@@ -47,8 +47,10 @@ class Reason(enum.StrEnum):
     """`spec.suspend` went back to false."""
     WAITING_FOR_FINETUNEJOB = "WaitingForFineTuneJob"
     """A FineTuneJob whose result this one needs is not complete, or not there yet; no Job is created until it is."""
+    WAITING_FOR_ADAPTERMERGE = "WaitingForAdapterMerge"
+    """The same of an AdapterMerge."""
     DEPENDENCY_FAILED = "DependencyFailed"
-    """A FineTuneJob whose result this one needs has failed, or waits for this one itself."""
+    """A FineTuneJob or AdapterMerge whose result this one needs has failed, or waits for this one itself."""
     WAITING_FOR_PODS = "WaitingForPods"
     """The Job is there, not all of its pods run yet."""
     ALL_READY = "AllReady"
@@ -64,12 +66,12 @@ class Reason(enum.StrEnum):
     IN_PROGRESS = "InProgress"
     """Not finished yet."""
     SUCCEEDED = "Succeeded"
-    """Trained and published."""
+    """Trained or merged, and published."""
     EARLY_STOPPED = "EarlyStopped"
     """Trained and published; training ended before its last step because evaluations got no better
     (`evaluation.earlyStopping`)."""
     CACHED = "Cached"
-    """A result with the same run key was there already; nothing was trained."""
+    """A result with the same run key was there already; nothing was trained or merged."""
     ARTIFACT_PUBLISHED = "ArtifactPublished"
     """The result is at `status.output`."""
     JOB_CREATED = "JobCreated"

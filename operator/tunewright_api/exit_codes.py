@@ -11,7 +11,7 @@ class Fate(enum.Enum):
 
     SUCCEEDED = "Succeeded"
     FATAL = "Fatal"
-    """The same input would fail again: the FineTuneJob fails at once."""
+    """The same input would fail again: the workload fails at once."""
     COUNTED_RETRY = "CountedRetry"
     """A new attempt that counts towards `retry.maxRestarts`."""
     FREE_RETRY = "FreeRetry"
@@ -22,7 +22,7 @@ class ExitCode(enum.IntEnum):
     """How a trainer process ended. The only definition; the Job's podFailurePolicy is rendered from it."""
 
     SUCCESS = 0
-    """Trained and published, or the result was there already."""
+    """Trained or merged, and published, or the result was there already."""
     INTERNAL_ERROR = 1
     """A fault of the trainer or of a library; the log has the traceback."""
     INVALID_INPUT = 20

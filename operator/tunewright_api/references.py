@@ -1,4 +1,4 @@
-"""References to published results, wherever they stand in a spec or run document. Pure."""
+"""References to results of other runs, wherever they stand in a spec or run document. Pure."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from tunewright_api.base import SpecModel
+from tunewright_api.v1alpha1.finetunejob import FineTuneJobSpec
 from tunewright_api.v1alpha1.parts import ArtifactRef
 
 Part = TypeVar("Part", bound=SpecModel)
@@ -26,6 +27,16 @@ def references(part: SpecModel) -> tuple[ArtifactRef, ...]:
 def referred_jobs(part: SpecModel) -> tuple[str, ...]:
     """Return the names of the FineTuneJobs that are referred to, each once."""
     return tuple(dict.fromkeys(r.fine_tune_job for r in references(part) if r.fine_tune_job is not None))
+
+
+def referred_merge(spec: SpecModel) -> str | None:
+    """Return the name of the AdapterMerge whose merged model is trained, None where there is none."""
+    return spec.model.from_merge if isinstance(spec, FineTuneJobSpec) else None
+
+
+def with_merged_model(spec: FineTuneJobSpec, uri: str) -> FineTuneJobSpec:
+    """Return the spec with the address of a merged model in place of the name of its AdapterMerge."""
+    return spec.model_copy(update={"model": spec.model.model_copy(update={"from_merge": None, "uri": uri})})
 
 
 def with_results(part: Part, manifest_uris: Mapping[str, str]) -> Part:

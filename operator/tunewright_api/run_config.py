@@ -28,7 +28,7 @@ from tunewright_api.v1alpha1.finetunejob import FineTuneJobSpec, HubOutput, Para
 from tunewright_api.v1alpha1.merged import MergedOutput
 from tunewright_api.v1alpha1.method import IA3, MethodType, PrefixTuning, PromptTuning, Quantization
 from tunewright_api.v1alpha1.objective import Objective
-from tunewright_api.v1alpha1.parts import Dataset, HubRef, Model, StorageRef
+from tunewright_api.v1alpha1.parts import Dataset, HubRef, RunModel, StorageRef
 from tunewright_api.v1alpha1.tracking import Tracking
 
 RUN_ENVIRONMENT_VARIABLE = "TUNEWRIGHT_RUN"
@@ -66,7 +66,7 @@ class TrainRun(SpecModel):
     name: Annotated[str, Field(max_length=253)]
     namespace: Annotated[str, Field(max_length=63)]
     attempt: int = Field(default=1, ge=1)
-    model: Model
+    model: RunModel
     dataset: Dataset
     objective: Objective
     method: MethodType
@@ -134,7 +134,7 @@ def build_train_run(
     storage: StorageSettings,
     hub: HubSettings | None = None,
 ) -> TrainRun:
-    """Render the run document of one attempt; `hub` has the platform's defaults.
+    """Render the run document of one attempt; `hub` has the platform's defaults. `spec.model` has its address.
 
     `model_construct` keeps a document of a local run, whose local paths were accepted when the spec was parsed.
     """
@@ -144,7 +144,7 @@ def build_train_run(
         name=name,
         namespace=namespace,
         attempt=attempt,
-        model=spec.model,
+        model=RunModel.model_construct(**dict(spec.model)),
         dataset=spec.dataset,
         objective=resolve_objective(spec),
         method=spec.method.type,

@@ -17,7 +17,7 @@ from rich.live import Live
 
 from tunewright_api.exit_codes import ExitCode
 from tunewright_api.merge_run import MergeRun, build_merge_run
-from tunewright_api.references import referred_jobs
+from tunewright_api.references import referred_jobs, referred_merge
 from tunewright_api.run_config import HubSettings, StorageSettings, TrainRun, build_train_run, resolve_storage
 from tunewright_api.run_report import Progress, RunReport
 from tunewright_api.v1alpha1.adaptermerge import AdapterMerge
@@ -45,7 +45,7 @@ def run(
     """
     job = load_any(file, wanted, local=True)
     name = job.metadata.name
-    _refuse_names(name, referred_jobs(job.spec))
+    _refuse_names(name, referred_jobs(job.spec), referred_merge(job.spec))
     storage = storage_settings(resolve_storage(job.spec, StorageSettings()), endpoint=endpoint, region=region)
     document: TrainRun | MergeRun
     if isinstance(job, AdapterMerge):
@@ -66,8 +66,14 @@ def run(
     return report.exit_code
 
 
-def _refuse_names(name: str, referred: Sequence[str]) -> None:
-    for other in referred:
+def _refuse_names(name: str, jobs: Sequence[str], merge: str | None) -> None:
+    if merge is not None:
+        raise InvalidArgument(
+            f"{name} refers to AdapterMerge {merge!r} by name, which a local run cannot look up: give its model as "
+            f"model.uri instead of model.fromMerge; `kubectl get am {merge} -o jsonpath='{{.status.output.uri}}'` "
+            "prints it"
+        )
+    for other in jobs:
         raise InvalidArgument(
             f"{name} refers to FineTuneJob {other!r} by name, which a local run cannot look up: give its "
             "result as uri instead of fineTuneJob; "

@@ -11,13 +11,13 @@ from typing import Any
 import aiohttp
 from pydantic import ValidationError
 
-from tunewright_api.references import referred_jobs
+from tunewright_api.references import referred_jobs, referred_merge
 from tunewright_api.run_report import MAX_PROGRESS_BYTES, Progress
 from tunewright_api.v1alpha1.status import RunStatus
 from tunewright_operator import kube, metrics, naming
 from tunewright_operator.constants import PROGRESS_PORT
 from tunewright_operator.errors import NotFound
-from tunewright_operator.kinds import FINETUNEJOB, Key, Spec
+from tunewright_operator.kinds import ADAPTERMERGE, FINETUNEJOB, Key, Spec
 from tunewright_operator.kube import Kube
 from tunewright_operator.observed import (
     ObservedJob,
@@ -93,8 +93,12 @@ class Observer:
 
     async def references(self, key: Key, spec: Spec, status: RunStatus) -> tuple[ObservedReference, ...]:
         """Return the workloads whose results are needed and not known yet. Only a finished one costs a request."""
-        known = {reference.fine_tune_job for reference in status.references or ()}
-        others = [Key(FINETUNEJOB, key.namespace, name) for name in referred_jobs(spec) if name not in known]
+        known = {(reference.kind, reference.name) for reference in status.references or ()}
+        needed = [Key(FINETUNEJOB, key.namespace, name) for name in referred_jobs(spec)]
+        merge = referred_merge(spec)
+        if merge is not None:
+            needed.append(Key(ADAPTERMERGE, key.namespace, merge))
+        others = [other for other in needed if (other.kind.name, other.name) not in known]
         # Noted before the first look: what happens after it brings the key back.
         self._store.wait_for(key, others)
         found = [await self._reference(other) for other in others]
@@ -120,7 +124,8 @@ class Observer:
             return ObservedReference(other.kind, other.name, "Missing")
         status = other.kind.status.model_validate(document.get("status", {}))
         if status.output is not None:
-            return ObservedReference(other.kind, other.name, "Complete", manifest_uri=status.output.manifest_uri)
+            found = status.output
+            return ObservedReference(other.kind, other.name, "Complete", manifest_uri=found.manifest_uri, uri=found.uri)
         if status.failure is not None:
             return ObservedReference(
                 other.kind, other.name, "Failed", f"{status.failure.reason}: {status.failure.message}"

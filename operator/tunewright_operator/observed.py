@@ -151,6 +151,8 @@ class ObservedReference:
     """Phase of an unfinished one, why one failed, the way round a circle."""
     manifest_uri: str | None = None
     """Set when it is complete."""
+    uri: str | None = None
+    """Likewise: the folder of its result."""
 
 
 @dataclass(frozen=True, slots=True)

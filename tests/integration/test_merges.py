@@ -9,6 +9,7 @@ from typing import Any
 from tests.integration.conftest import Api, Operator, adaptermerge, finetunejob, wait
 from tests.integration.proxy import Proxy
 from tests.integration.test_lifecycle import REPORT, finish_deletion, start_pod
+from tests.integration.test_references import run_document
 
 MANIFEST = REPORT["output"]["manifestUri"]
 MERGED: dict[str, Any] = {
@@ -161,6 +162,49 @@ def test_a_failed_finetunejob_ends_the_merge(api: Api, operator: Operator) -> No
     assert "InvalidInput" in failure["message"]
     wait(lambda: api.merges.reasons("bot") == ["DependencyFailed"], "event")
     assert api.get("jobs", "bot-merge-1") is None
+
+
+def test_training_goes_on_from_a_merged_model(api: Api, operator: Operator, proxy: Proxy) -> None:
+    """`model.fromMerge` waits for the merge, which waits for its adapter: three steps from one file, in any order."""
+    api.create(finetunejob("second", model={"fromMerge": "first"}))
+    wait(lambda: "AdapterMerge first, which" in api.condition("second", "PodsReady").get("message", ""), "second waits")
+    assert api.condition("second", "PodsReady")["reason"] == "WaitingForAdapterMerge"
+    api.create(adaptermerge("first", adapters=[{"fineTuneJob": "first"}]))
+    waits(api, "first", "FineTuneJob first, which does not exist")
+    api.create(finetunejob("first"))
+    complete(api, "first")
+    before = len(proxy.requests)
+    complete(api.merges, "first", MERGED)
+    document = run_document(api, "second")
+    assert document["model"] == {"uri": MERGED["output"]["uri"], "dtype": "Auto", "attention": "Auto"}
+    used = [r for r in proxy.requests[before:] if r.namespace == api.namespace]
+    assert sum(r.verb == "get" and r.resource == "adaptermerges" for r in used) == 1, used
+    references = api.until("second", lambda s: s.get("jobRef"))["references"]
+    output = MERGED["output"]
+    assert references == [{"adapterMerge": "first", "manifestUri": output["manifestUri"], "uri": output["uri"]}]
+    complete(api, "second")
+
+
+def test_a_failed_merge_fails_what_needs_its_model(api: Api, operator: Operator) -> None:
+    """With the reason of the merge, and without a Job."""
+    api.create(finetunejob("second", model={"fromMerge": "first"}))
+    api.create(adaptermerge("first"))
+    api.end_pod(api.merges.pod("first"), 20)
+    failure = api.until("second", lambda s: s.get("phase") == "Failed")["failure"]
+    assert failure["reason"] == "DependencyFailed"
+    assert failure["message"].startswith("AdapterMerge first, whose result")
+    assert api.get("jobs", "second-train-1") is None
+
+
+def test_a_circle_across_kinds_fails(api: Api, operator: Operator) -> None:
+    """Whoever closes it says who waits for whom."""
+    api.create(finetunejob("bot", model={"fromMerge": "bot"}))
+    api.create(adaptermerge("bot", adapters=[{"fineTuneJob": "bot"}]))
+    messages = [
+        place.until("bot", lambda s: s.get("phase") == "Failed")["failure"]["message"] for place in (api, api.merges)
+    ]
+    assert any("finetunejob/bot" in message and "adaptermerge/bot" in message for message in messages), messages
+    assert api.items("jobs") == []
 
 
 def test_two_of_one_name(api: Api, operator: Operator) -> None:

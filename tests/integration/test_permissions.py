@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.integration.conftest import Api, Operator, finetunejob, wait
+from tests.integration.conftest import Api, Operator, adaptermerge, finetunejob, wait
 from tests.integration.proxy import Proxy
 from tests.operator_permissions import EXPECTED
 
@@ -35,9 +35,15 @@ def used(api: Api, operator: Operator, proxy: Proxy) -> set[tuple[str, str, str]
     api.until("pair", lambda s: s.get("jobRef"))
     api.patch("finetunejobs", "pair", {"spec": {"suspend": True}})
     wait(lambda: api.get("services", "ftj-pair-train-1") is None, "removal of the Service")
-    for name in ("bot", "stopped", "taken", "pair"):
+    # A merged model is asked for by the one that needs it.
+    api.create(adaptermerge("merge"))
+    api.end_pod(api.merges.pod("merge"), 20)
+    api.create(finetunejob("needing", model={"fromMerge": "merge"}))
+    api.until("needing", lambda s: s.get("phase") == "Failed")
+    for name in ("bot", "stopped", "taken", "pair", "needing"):
         api.delete("finetunejobs", name)
-    wait(lambda: not api.items("finetunejobs"), "removal of the FineTuneJobs")
+    api.delete("adaptermerges", "merge")
+    wait(lambda: not api.items("finetunejobs") + api.items("adaptermerges"), "removal of the workloads")
     wait(lambda: set(proxy.count()) >= EXPECTED, f"use of {EXPECTED - set(proxy.count())}")
     return set(proxy.count())
 

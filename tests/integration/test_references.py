@@ -101,10 +101,13 @@ def test_those_that_wait_for_one_another_fail(api: Api, operator: Operator) -> N
     waits(api, "a", "which does not exist")
     api.create(continued("b", "a"))
     messages = [api.until(name, lambda s: s.get("phase") == "Failed")["failure"]["message"] for name in "ab"]
-    assert any("these FineTuneJobs wait for one another" in m and " -> " in m for m in messages)
+    assert any("these wait for one another" in m and " -> " in m for m in messages)
     api.create(continued("alone", "alone"))
     failure = api.until("alone", lambda s: s.get("phase") == "Failed")["failure"]
-    assert (failure["reason"], "alone -> alone" in failure["message"]) == ("DependencyFailed", True)
+    assert (failure["reason"], "finetunejob/alone -> finetunejob/alone" in failure["message"]) == (
+        "DependencyFailed",
+        True,
+    )
     assert api.items("jobs") == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.rule_cases.case import PREFIX, TRAIN, Case, dataset, hub, selecting
 
 REVISION = "model.revision is only for hf:// models"
+WEIGHTS = "model names its weights by exactly one of uri and fromMerge"
 SOURCE_REVISION = "revision of a data source is only for hf://datasets/..."
 SPLIT = "split of a data source is only for a data set as a whole"
 HUB_NAME = "hub.repository may not have"
@@ -26,6 +27,10 @@ NEFTUNE = "hyperparameters.neftuneNoiseAlpha is only for objective SFT"
 BLOCK_RULES = (
     Case("hub model with revision", True, {"model": {"uri": "hf://a/b", "revision": "main"}}, REVISION),
     Case("bucket model with revision", False, {"model": {"uri": "s3://bucket/b", "revision": "main"}}, REVISION),
+    Case("merged model with revision", False, {"model": {"fromMerge": "other", "revision": "main"}}, REVISION),
+    Case("model of a merge", True, {"model": {"fromMerge": "other"}}, WEIGHTS),
+    Case("model of a merge and by address", False, {"model": {"uri": "hf://a/b", "fromMerge": "other"}}, WEIGHTS),
+    Case("model of nothing", False, {"model": {"dtype": "Auto"}}, WEIGHTS),
     Case(
         "hub rows with revision",
         True,

@@ -58,6 +58,10 @@ URIS = (
         ("s3://bucket", "hf://org/name", "s3://bucket/../x", "pvc://claim", "other-job", "/local/path"),
     ),
     *(
+        Case(f"model of merge {name}", False, {"model": {"fromMerge": name}}, "model.fromMerge")
+        for name in ("A", "team-b/a", "a.b", "n" * 46, "")
+    ),
+    *(
         Case(f"reference to {name}", False, continued(fineTuneJob=name), "model.continueFrom.fineTuneJob")
         for name in ("A", "team-b/a", "a.b", "n" * 46, "-a")
     ),

@@ -13,6 +13,7 @@ from typing import Protocol, cast
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, set_seed
 from transformers.distributed.configuration_utils import DistributedConfig
 
@@ -356,6 +357,8 @@ def fit(setup: Setup, trainer: Trainer, report: Report) -> tuple[float, float]:
     # the same, because the order of rows may be among it; only for GRPO, which draws answers, each one draws its own.
     own = setup.world.rank if setup.task.run.objective.type == "GRPO" else 0
     set_seed(setup.task.run.hyperparameters.seed + own)
+    # The optimizer takes the parameters that it finds, which have to be this process's shares.
+    let_go(cast("nn.Module", trainer.model))
     loss: float = trainer.train().training_loss
     seconds = time.monotonic() - began
     if selection is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel, set_seed
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
 
@@ -74,6 +74,33 @@ def local(weight: torch.Tensor) -> torch.Tensor:
 def is_sharded(model: nn.Module) -> bool:
     """Tell whether any weight of a model is spread over processes."""
     return any(isinstance(weight, DTensor) for weight in model.parameters())
+
+
+@torch.no_grad()
+def draw_missing(model: PreTrainedModel, missing: Collection[str], seed: int) -> None:
+    """Draw the weights of a head that the files do not have as one process would, each process keeping its share.
+
+    Without, every process would draw its rows from the same random numbers, and all labels would begin with equal ones.
+
+    Args:
+        model: Just loaded.
+        missing: Names of the weights.
+        seed: Of the run.
+    """
+    set_seed(seed)
+    for name, layer in model.named_modules():
+        if not isinstance(layer, nn.Linear) or f"{name}.weight" not in missing:
+            continue
+        size = (layer.in_features, layer.out_features)
+        form = {"device": local(layer.weight).device, "dtype": layer.weight.dtype}
+        whole = nn.utils.skip_init(nn.Linear, *size, bias=layer.bias is not None, **form)
+        model._init_weights(whole)
+        for part, weight in layer.named_parameters():
+            assert isinstance(weight, DTensor), "all weights are spread"
+            share = distribute_tensor(
+                whole.get_parameter(part), weight.device_mesh, weight.placements, src_data_rank=None
+            )
+            local(weight).copy_(local(share))
 
 
 def make_heads_whole(model: nn.Module) -> None:

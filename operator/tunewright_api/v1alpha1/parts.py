@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from tunewright_api.base import (
+    AdapterMergeName,
     ArtifactUri,
     DataUri,
     FineTuneJobName,
@@ -63,8 +64,14 @@ class ArtifactRef(SpecModel):
 class Model(SpecModel):
     """The base model, and the adapter to go on from."""
 
-    uri: ModelUri = Field(
-        description="Where the model lies: hf://organisation/name, s3://bucket/prefix or pvc://claim/path."
+    uri: ModelUri | None = Field(
+        default=None,
+        description="Where the model lies: hf://organisation/name, s3://bucket/prefix or pvc://claim/path.",
+    )
+    from_merge: AdapterMergeName | None = Field(
+        default=None,
+        description="In place of uri: name of an AdapterMerge in the same namespace, whose merged model is trained. "
+        "This one waits until it is complete, and fails when it fails.",
     )
     revision: Annotated[str, Field(min_length=1, max_length=128)] | None = Field(
         default=None, description="Branch, tag or commit of an hf:// model. Default: its main branch."
@@ -88,11 +95,23 @@ class Model(SpecModel):
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(
-            "!has(self.revision) || self.uri.startsWith('hf://')",
+            "has(self.uri) != has(self.fromMerge)",
+            "model names its weights by exactly one of uri and fromMerge",
+            lambda m: (m.uri is None) != (m.from_merge is None),
+        ),
+        Rule(
+            "!has(self.revision) || (has(self.uri) && self.uri.startsWith('hf://'))",
             "model.revision is only for hf:// models: an s3:// or pvc:// folder has no revisions",
-            lambda m: m.revision is None or m.uri.startswith("hf://"),
+            lambda m: m.revision is None or (m.uri is not None and m.uri.startswith("hf://")),
         ),
     )
+
+
+class RunModel(Model):
+    """The same in a run document: where the model lies is known."""
+
+    uri: ModelUri
+    from_merge: None = None
 
 
 class DataSource(SpecModel):

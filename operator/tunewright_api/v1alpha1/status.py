@@ -67,10 +67,22 @@ class Plan(StatusModel):
 
 
 class ResolvedReference(StatusModel):
-    """The result that the name of a FineTuneJob stands for."""
+    """The result that the name of another workload stands for."""
 
-    fine_tune_job: str
+    fine_tune_job: str | None = None
+    adapter_merge: str | None = None
     manifest_uri: str
+    uri: str | None = Field(default=None, description="Folder of the merged model, of an AdapterMerge.")
+
+    @property
+    def kind(self) -> str:
+        """Kind of the workload."""
+        return "FineTuneJob" if self.adapter_merge is None else "AdapterMerge"
+
+    @property
+    def name(self) -> str | None:
+        """Its name."""
+        return self.fine_tune_job if self.adapter_merge is None else self.adapter_merge
 
 
 class Usage(StatusModel):
@@ -98,7 +110,7 @@ class RunStatus(StatusModel):
     next_attempt_time: str | None = Field(default=None, description="When the next attempt may start (backoff).")
     references: list[ResolvedReference] | None = Field(
         default=None,
-        description="Results of other FineTuneJobs as they were found; all attempts use the same ones.",
+        description="Results of other workloads as they were found; all attempts use the same ones.",
     )
     progress: Progress | None = None
     attempts: list[Attempt] = Field(default_factory=list, description=f"Ended attempts, the last {MAX_ATTEMPTS_KEPT}.")

@@ -159,6 +159,7 @@ def _input_uris(spec: Spec) -> list[str]:
     match spec:
         case FineTuneJobSpec():
             sources = [*spec.dataset.train, *(spec.dataset.validation or ())]
+            assert spec.model.uri is not None, "names are resolved"
             return [spec.model.uri, *(source.uri for source in sources), *artifacts]
         case AdapterMergeSpec():
             return [*([spec.base.uri] if spec.base else ()), *artifacts]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import datetime
 
 from tunewright_api.conditions import ConditionType, Reason
-from tunewright_api.references import with_results
+from tunewright_api.references import with_merged_model, with_results
 from tunewright_api.v1alpha1.finetunejob import FineTuneJobSpec
 from tunewright_api.v1alpha1.status import FineTuneJobStatus, ResolvedReference, RunStatus
-from tunewright_operator.kinds import Spec, Workload
+from tunewright_operator.kinds import ADAPTERMERGE, Spec, Workload
 from tunewright_operator.observed import ObservedReference
 from tunewright_operator.status import ending
 from tunewright_operator.status.decision import Decision
@@ -18,7 +18,9 @@ from tunewright_operator.status.memory import mark
 def take_over(spec: Spec, status: RunStatus, seen: tuple[ObservedReference, ...]) -> RunStatus:
     """Return the status with the results that are there now; what a name stood for once, it stands for to the end."""
     found = [
-        ResolvedReference(fine_tune_job=other.name, manifest_uri=other.manifest_uri)
+        ResolvedReference(adapter_merge=other.name, manifest_uri=other.manifest_uri, uri=other.uri)
+        if other.kind is ADAPTERMERGE
+        else ResolvedReference(fine_tune_job=other.name, manifest_uri=other.manifest_uri)
         for other in seen
         if other.manifest_uri is not None
     ]
@@ -49,17 +51,25 @@ def wait(status: RunStatus, seen: tuple[ObservedReference, ...], now: datetime.d
     if not missing:
         return None
     message = f"waiting for the result of {', '.join(_what(other) for other in missing)}"
-    status = mark(status, now, (ConditionType.PODS_READY, False, Reason.WAITING_FOR_FINETUNEJOB, message))
+    merge = missing[0].kind is ADAPTERMERGE
+    reason = Reason.WAITING_FOR_ADAPTERMERGE if merge else Reason.WAITING_FOR_FINETUNEJOB
+    status = mark(status, now, (ConditionType.PODS_READY, False, reason, message))
     return Decision(status.model_copy(update={"phase": "Pending"}))
 
 
 def resolved(workload: Workload, status: RunStatus) -> Workload:
     """Return the workload with the addresses of results in place of names."""
-    return workload.model_copy(update={"spec": with_results(workload.spec, _manifests(status))})
+    spec: Spec = with_results(workload.spec, _manifests(status))
+    merged = next((found.uri for found in status.references or () if found.uri is not None), None)
+    if merged is not None and isinstance(spec, FineTuneJobSpec):
+        spec = with_merged_model(spec, merged)
+    return workload.model_copy(update={"spec": spec})
 
 
 def _manifests(status: RunStatus) -> dict[str, str]:
-    return {reference.fine_tune_job: reference.manifest_uri for reference in status.references or ()}
+    """Return the manifests of FineTuneJobs by name."""
+    found = status.references or ()
+    return {one.fine_tune_job: one.manifest_uri for one in found if one.fine_tune_job is not None}
 
 
 def _what(other: ObservedReference) -> str:

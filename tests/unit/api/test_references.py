@@ -6,8 +6,15 @@ from typing import Any
 
 import pytest
 
-from tests.unit.api.builders import spec
-from tunewright_api.references import references, referred_jobs, with_digests, with_results
+from tests.unit.api.builders import merge_spec, spec
+from tunewright_api.references import (
+    references,
+    referred_jobs,
+    referred_merge,
+    with_digests,
+    with_merged_model,
+    with_results,
+)
 from tunewright_api.run_config import StorageSettings, TrainRun, build_train_run, run_key
 
 MANIFEST = "s3://models/first/0123456789abcdef/manifest.json"
@@ -53,6 +60,31 @@ def test_references_are_found_in_lists() -> None:
     assert referred_jobs(wanted) == ("judge", "first")
     resolved = with_results(wanted, {"judge": MANIFEST})
     assert [r.uri or r.fine_tune_job for r in references(resolved)] == [MANIFEST, "first"]
+
+
+def test_adapters_of_a_merge() -> None:
+    """Those with a name are found, and keep weight and place when it gives way to an address."""
+    merge = merge_spec(adapters=[{"uri": "s3://models/b"}, {"fineTuneJob": "first", "weight": 0.5}])
+    assert (referred_jobs(merge), referred_merge(merge)) == (("first",), None)
+    assert [a.document() for a in with_results(merge, {"first": MANIFEST}).adapters] == [
+        {"uri": "s3://models/b"},
+        {"uri": MANIFEST, "weight": 0.5},
+    ]
+
+
+def test_the_model_of_a_merge() -> None:
+    """The name of an AdapterMerge gives way to its model; the run is then the same as one by address."""
+    named = spec(model={"fromMerge": "other", "dtype": "Float32"})
+    assert (referred_merge(named), referred_jobs(named)) == ("other", ())
+    resolved = with_merged_model(named, "s3://models/merged")
+    by_address = spec(model={"uri": "s3://models/merged", "dtype": "Float32"})
+    assert referred_merge(resolved) is None
+    documents = [
+        build_train_run(one, name="t", namespace="n", attempt=1, storage=StorageSettings()).to_json()
+        for one in (resolved, by_address)
+    ]
+    assert documents[0] == documents[1]
+    assert TrainRun.model_validate_json(documents[0]).model.uri == "s3://models/merged"
 
 
 def test_the_key_is_made_of_what_a_result_is() -> None:

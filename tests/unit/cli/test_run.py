@@ -49,6 +49,15 @@ def test_a_reference_by_name_is_refused(run: Run, job_file: Path, tmp_path: Path
     assert not (tmp_path / "work").exists()
 
 
+def test_a_model_by_the_name_of_a_merge_is_refused(run: Run, job_file: Path, tmp_path: Path) -> None:
+    """Likewise, with the way to the merged model's address."""
+    lines = job_file.read_text().splitlines()
+    job_file.write_text("\n".join("  model: {fromMerge: m}" if line.startswith("  model:") else line for line in lines))
+    result = run("run", "-f", job_file, "--work", tmp_path / "work")
+    assert result.exit_code == 20
+    assert "kubectl get am m -o jsonpath='{.status.output.uri}'" in result.stderr
+
+
 def test_several_nodes_are_refused(run: Run, job_file: Path, tmp_path: Path) -> None:
     """This machine is one; the message says how to train to the same result on it."""
     job_file.write_text(job_file.read_text().replace("{gpus: 0}", "{gpus: 0, nodes: 2}"))

@@ -20,17 +20,20 @@ from tests.unit.operator.builders import (
     created,
     ended_pod,
     failed,
+    finetunejob,
     job,
     later,
 )
 from tests.unit.operator.test_decide import condition
 from tests.unit.operator.test_plan import environment
+from tests.unit.operator.test_references import FakeApi
 from tunewright_api.conditions import ConditionType
 from tunewright_api.merge_run import MergeRun
 from tunewright_api.run_report import MergePlan
-from tunewright_api.v1alpha1.status import AdapterMergeStatus, ResolvedReference
+from tunewright_api.v1alpha1.status import AdapterMergeStatus, FineTuneJobStatus, ResolvedReference
 from tunewright_operator.errors import RunTooLarge
 from tunewright_operator.kinds import ADAPTERMERGE, FINETUNEJOB, Key
+from tunewright_operator.observe import Observer
 from tunewright_operator.observed import ObservedReference, ObservedRun
 from tunewright_operator.plan import build_job
 from tunewright_operator.post import _event
@@ -267,6 +270,70 @@ def test_circles_across_kinds() -> None:
     assert store.circle(training) == ()
     store.wait_for(merging, [training])
     assert store.circle(training) == (training, merging, training)
+
+
+MERGED_MODEL = MERGED["output"]["uri"]
+FROM_MERGE: dict[str, Any] = {"model": {"fromMerge": "merged"}}
+MERGE_DONE = ObservedReference(ADAPTERMERGE, "merged", "Complete", manifest_uri=MANIFEST, uri=MERGED_MODEL)
+
+
+def test_a_finetunejob_waits_for_the_merge_whose_model_it_trains() -> None:
+    """Without a Job, until the merged model's address takes the place of the name; later attempts keep it."""
+    job, empty = finetunejob(**FROM_MERGE), FineTuneJobStatus()
+    unfinished = ObservedReference(ADAPTERMERGE, "merged", "Unfinished", "Running")
+    waiting = decide(job, empty, ObservedRun(references=(unfinished,)), NOW, SETTINGS)
+    assert waiting.action is None
+    assert condition(waiting.status)[1:] == (
+        "WaitingForAdapterMerge",
+        "waiting for the result of AdapterMerge merged (Running)",
+    )
+    ready = decide(job, waiting.status, ObservedRun(references=(MERGE_DONE,)), later(60), SETTINGS).status
+    assert ready.references == [ResolvedReference(adapter_merge="merged", manifest_uri=MANIFEST, uri=MERGED_MODEL)]
+    document = json.loads(environment(build_job(resolved(job, ready), 1, 0, SETTINGS))["TUNEWRIGHT_RUN"])
+    assert document["model"] == {"uri": MERGED_MODEL, "dtype": "Auto", "attention": "Auto"}
+    assert decide(job, ready, ObservedRun(), later(120), SETTINGS).action == CreateJob(1, 0)
+
+
+def test_a_failed_merge_fails_what_needs_it() -> None:
+    """The message says of which kind the failed one is."""
+    broken = ObservedReference(ADAPTERMERGE, "merged", "Failed", "VerificationFailed: layer 3")
+    job = finetunejob(**FROM_MERGE)
+    status = decide(job, FineTuneJobStatus(), ObservedRun(references=(broken,)), NOW, SETTINGS).status
+    reason, message = condition(status, ConditionType.FAILED)[1:]
+    assert reason == "DependencyFailed"
+    assert message.startswith("AdapterMerge merged, whose result this one needs, has failed: VerificationFailed")
+
+
+async def test_what_is_seen_of_a_merge() -> None:
+    """Asked of the API server once it has ended, by its own kind: a FineTuneJob of the name is another matter."""
+    store, api = Store(), FakeApi()
+    store.put_workload(FINETUNEJOB, stored(job_document("merged"), completionTime=TIME, phase="Complete"))
+    key, spec = Key(FINETUNEJOB, "team-a", "bot"), finetunejob(**FROM_MERGE).spec
+    observer = Observer(api, store, SETTINGS)  # type: ignore[arg-type]
+    (missing,) = await observer.references(key, spec, FineTuneJobStatus())
+    assert (missing.state, api.requests) == ("Missing", [])
+    store.put_workload(ADAPTERMERGE, stored(merge_document("merged"), completionTime=TIME, phase="Complete"))
+    api.documents["merged"] = stored(merge_document("merged"), output=MERGED["output"])
+    assert await observer.references(key, spec, FineTuneJobStatus()) == (MERGE_DONE,)
+    assert api.requests == ["merged"]
+    known = [ResolvedReference(adapter_merge="merged", manifest_uri=MANIFEST, uri=MERGED_MODEL)]
+    assert await observer.references(key, spec, FineTuneJobStatus(references=known)) == ()
+    await observer.close()
+
+
+async def test_who_closes_a_circle_across_kinds_says_so() -> None:
+    """The way names the kinds, since names alone could be those of either."""
+    store, api = Store(), FakeApi()
+    observer = Observer(api, store, SETTINGS)  # type: ignore[arg-type]
+    merge = adaptermerge("merged", adapters=[{"fineTuneJob": "bot"}])
+    await observer.references(Key(ADAPTERMERGE, "team-a", "merged"), merge.spec, EMPTY)
+    (found,) = await observer.references(
+        Key(FINETUNEJOB, "team-a", "bot"), finetunejob(**FROM_MERGE).spec, FineTuneJobStatus()
+    )
+    assert found == ObservedReference(
+        ADAPTERMERGE, "merged", "Circular", "finetunejob/bot -> adaptermerge/merged -> finetunejob/bot"
+    )
+    await observer.close()
 
 
 def test_events_name_the_kind() -> None:

@@ -26,7 +26,7 @@ from tunewright_operator.store import Store
 
 EMPTY = FineTuneJobStatus()
 MANIFEST = REPORT["output"]["manifestUri"]
-DONE = ObservedReference(FINETUNEJOB, "first", "Complete", manifest_uri=MANIFEST)
+DONE = ObservedReference(FINETUNEJOB, "first", "Complete", manifest_uri=MANIFEST, uri=REPORT["output"]["uri"])
 
 
 def finetunejob(name: str = "bot", other: str = "first", **changes: Any) -> FineTuneJob:
@@ -136,7 +136,7 @@ def test_claims_and_credentials_of_a_result() -> None:
 
 
 class FakeApi:
-    """Answers reads of FineTuneJobs with what it was given, and counts them."""
+    """Answers reads of workloads with what it was given, and counts them."""
 
     def __init__(self) -> None:
         self.documents: dict[str, dict[str, Any]] = {}
@@ -144,9 +144,9 @@ class FakeApi:
 
     async def get(self, resource: kube.Resource, namespace: str, name: str) -> dict[str, Any]:
         """Return a document."""
-        assert (resource, namespace) == (kube.workloads(FINETUNEJOB), "team-a")
+        assert namespace == "team-a"
         self.requests.append(name)
-        if name not in self.documents:
+        if name not in self.documents or resource[1] != f"{self.documents[name]['kind'].lower()}s":
             raise NotFound(404, "NotFound", name)
         return self.documents[name]
 

@@ -31,8 +31,8 @@ HEADS = (
 )
 """Parameters that many models share with their input embedding, so that files have no tensor for them."""
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared")
-_RESIZED = (*_EMBEDDINGS, "lm_head", "decoder", "embed_out")
-"""Modules whose first dimension is the vocabulary."""
+_RESIZED = (*_EMBEDDINGS, "lm_head", "decoder", "embed_out", "score", "classifier", "out_proj")
+"""Modules whose first dimension is a vocabulary or the outputs of a classifier, which may be others than the base's."""
 _CONV1D_FAMILIES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D_LAYERS = ("c_attn", "c_proj", "c_fc", "q_attn")
 """Layers of these model types that keep the inputs as rows of their weight."""
@@ -126,7 +126,7 @@ class Changes:
         change = self._change(path, name, may_be_new=self._is_kept(path))
         if change.base is not None and change.base.shape != tensor.shape:
             same_inputs = change.base.shape[1:] == tensor.shape[1:] and len(change.base.shape) == len(tensor.shape)
-            if not same_inputs or not (self._is_kept(path) or _last(path.rpartition(".")[0]) in _RESIZED):
+            if not same_inputs or _last(path.rpartition(".")[0]) not in _RESIZED:
                 raise self._misfit(name, path, change.base.shape)
         other = change.tensors.setdefault("whole", name)
         if other != name and not equal_tensors(self._adapter, name, other):
