@@ -108,6 +108,7 @@ class HubServer:
         self.faults: list[Fault] = []
         self.requests: list[str] = []
         """Method and path of every request."""
+        self.part_bytes = PART_BYTES
         self.lock = threading.RLock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads = True
@@ -333,11 +334,12 @@ class _Handler(BaseHTTPRequestHandler):
         if oid in self.hub.objects:
             return {"oid": oid, "size": size}
         url = f"{self.hub.endpoint}/lfs/{oid}"
-        if size <= PART_BYTES:
+        part_bytes = self.hub.part_bytes
+        if size <= part_bytes:
             return {"oid": oid, "size": size, "actions": {"upload": {"href": url}}}
         self.hub.parts[oid] = {}
-        count = -(-size // PART_BYTES)
-        header = {"chunk_size": str(PART_BYTES), **{str(n): f"{url}/{n}" for n in range(1, count + 1)}}
+        count = -(-size // part_bytes)
+        header = {"chunk_size": str(part_bytes), **{str(n): f"{url}/{n}" for n in range(1, count + 1)}}
         return {"oid": oid, "size": size, "actions": {"upload": {"href": f"{url}/complete", "header": header}}}
 
     def _take_object(self, place: str, body: bytes) -> tuple[Any, dict[str, str]]:

@@ -64,12 +64,16 @@ _HANDLED = frozenset(
 )
 """Arguments that are tunewright's own: every step is logged, rows arrive tokenised, results are published by itself."""
 
+_COMPILATION = frozenset({"torch_compile", "torch_compile_backend", "torch_compile_mode"})
+"""Arguments that turn torch.compile on (each of them does). It needs a C compiler where it trains, which the trainer's
+image is without; and batches of many lengths are compiled again and again."""
+
 _WORDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text", "json": "JSON text"}
 
 
 def allowed() -> dict[str, tuple[str, ...]]:
     """Return the names that `extra` takes, each with the kinds of its value."""
-    return {name: kinds for name, kinds in TYPES.items() if name not in OWN and name not in _HANDLED}
+    return {name: kinds for name, kinds in TYPES.items() if name not in {*OWN, *_HANDLED, *_COMPILATION}}
 
 
 def problem_of(name: str, value: Any) -> str | None:
@@ -78,6 +82,10 @@ def problem_of(name: str, value: Any) -> str | None:
         return f"{name} is set by {OWN[name]}: use that field"
     if name in _HANDLED:
         return f"{name} is set by tunewright itself: leave it out"
+    if name in _COMPILATION and value is not False:
+        return (
+            f"{name} wants torch.compile, which needs a C compiler that the trainer's image does not have: leave it out"
+        )
     if name not in TYPES:
         nearest = difflib.get_close_matches(name, [*allowed(), *OWN], n=1, cutoff=0.6)
         return f"{name} is not a scalar TrainingArguments field" + (f": did you mean {nearest[0]}?" if nearest else "")

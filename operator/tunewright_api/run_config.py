@@ -24,7 +24,7 @@ from tunewright_api.defaults import (
     resolve_prompt_tuning,
 )
 from tunewright_api.references import with_digests
-from tunewright_api.v1alpha1.finetunejob import FineTuneJobSpec, HubOutput, Resources
+from tunewright_api.v1alpha1.finetunejob import FineTuneJobSpec, HubOutput, Parallelism, Resources
 from tunewright_api.v1alpha1.method import IA3, MethodType, PrefixTuning, PromptTuning, Quantization
 from tunewright_api.v1alpha1.objective import Objective
 from tunewright_api.v1alpha1.parts import Dataset, HubRef, RunModel, StorageRef
@@ -85,6 +85,8 @@ class TrainRun(SpecModel):
     """Pods that train together."""
     processes: int = Field(default=1, ge=1)
     """Training processes of each pod."""
+    parallelism: Parallelism = "DDP"
+    """Not in the run key: it changes the order of sums, not what is trained."""
     stall_seconds: int | None = Field(default=None, ge=1)
     tracking: Tracking | None = None
 
@@ -157,6 +159,7 @@ def build_train_run(
         gpus=resources.gpus,
         nodes=resources.nodes,
         processes=resources.processes,
+        parallelism=resources.parallelism,
         stall_seconds=seconds_of(timeouts.stall) if timeouts and timeouts.stall else None,
         tracking=spec.tracking,
     )

@@ -95,6 +95,9 @@ class RunPlan(_Document):
     trainable_parameters: int | None = Field(default=None, ge=0)
     total_parameters: int | None = Field(default=None, ge=0)
     target_modules: list[Annotated[str, Field(max_length=128)]] | None = Field(default=None, max_length=64)
+    parallelism: ShortText | None = Field(
+        default=None, description="DDP or FSDP, and why; not there for a run in one process."
+    )
     continued_from: ShortText | None = Field(
         default=None, description="Manifest of the adapter that training went on from."
     )

@@ -251,6 +251,42 @@ def chat(
     )
 
 
+@app.command(short_help="Check a published result, and a merged model against its parts.")
+def verify(
+    uri: Annotated[
+        str,
+        typer.Argument(metavar="URI", help="URI or path of a manifest, of a run's folder or of an output folder."),
+    ],
+    files_only: Annotated[
+        bool, typer.Option("--files-only", help="Compare sizes and hashes with the manifest, and nothing else.")
+    ] = False,
+    logits: Annotated[
+        bool, typer.Option("--logits", help="Also compare logits of a merged model with those of base and adapter.")
+    ] = False,
+    endpoint: Endpoint = None,
+    region: Region = None,
+    output: Output = Output.TEXT,
+) -> None:
+    """Check a published result: every file against its manifest, and a merged model against what it was made of.
+
+    Base and adapters are looked up in the versions that were merged, and merged again into nothing but hashes: every
+    file must come out the same, bit by bit. Nothing large is stored on this machine but bases of the Hub. Exit code 0
+    when all is as it should be, 1 when something differs.
+    """
+    from tunewright_cli import verify as command
+
+    raise typer.Exit(
+        command.run(
+            uri,
+            files_only=files_only,
+            logits=logits,
+            endpoint=endpoint,
+            region=region,
+            as_json=output is Output.JSON,
+        )
+    )
+
+
 def main() -> None:
     """Run the command line."""
     app()

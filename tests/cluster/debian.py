@@ -7,6 +7,9 @@ import shutil
 import subprocess
 import sys
 
+LOCK_SECONDS = 600
+"""How long an installation waits for another one: images and tools are built side by side."""
+
 
 def require(*packages: str) -> None:
     """Makes sure that `packages` are installed; installs the missing ones when run by root on Debian or Ubuntu.
@@ -26,7 +29,7 @@ def require(*packages: str) -> None:
     quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     for command in (
         ["apt-get", "-qq", "update"],
-        ["apt-get", "-qq", "install", "--no-install-recommends", *missing],
+        ["apt-get", "-qq", "-o", f"DPkg::Lock::Timeout={LOCK_SECONDS}", "install", "--no-install-recommends", *missing],
     ):
         result = subprocess.run(command, env=quiet, capture_output=True, text=True)
         # A stale source of somebody else's makes `update` fail although the packages are there: only `install` decides.

@@ -9,6 +9,7 @@ from tests.rule_cases.merges import MERGE_RULES, MERGE_SCHEMA, MERGE_UNKNOWN_FIE
 from tests.rule_cases.methods import CONTINUE_RULES, METHOD_RULES
 from tests.rule_cases.rewards import GRPO_RULES, PPO_RULES
 from tests.rule_cases.schema import FINETUNEJOB_UNKNOWN_FIELDS, SCHEMA, URIS
+from tests.rule_cases.sharding import SHARDING_RULES
 from tests.rule_cases.updates import BEFORE, MERGE_BEFORE, UPDATES, Update
 from tunewright_api.base import Rule, SpecModel
 
@@ -23,6 +24,7 @@ RULES = (
     *EVALUATION_RULES,
     *POD_RULES,
     *MERGE_RULES,
+    *SHARDING_RULES,
 )
 """Rules written as CEL on the server and as predicates in Python; `part` is the start of the rule's message."""
 CASES = (*RULES, *URIS, *SCHEMA, *MERGE_SCHEMA)

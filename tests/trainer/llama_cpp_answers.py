@@ -6,7 +6,6 @@ A process of its own: the binding is on PYTHONPATH only here, and llama.cpp ends
 from __future__ import annotations
 
 import json
-import os
 import sys
 
 import llama_cpp
@@ -14,9 +13,9 @@ import llama_cpp
 
 def answers(path: str) -> dict[str, str]:
     """Continue a text, and answer a question with the file's own chat template; always the most likely token."""
-    model = llama_cpp.Llama(path, n_ctx=256, n_threads=len(os.sched_getaffinity(0)), verbose=False)
+    model = llama_cpp.Llama(path, n_ctx=256, n_threads=1, verbose=False)
     text = model.create_completion("The capital of France is", max_tokens=4, temperature=0)
-    question = [{"role": "user", "content": "What is the capital of France?"}]
+    question = [{"role": "user", "content": "Where is the Eiffel Tower?"}]
     chat = model.create_chat_completion(question, max_tokens=12, temperature=0)
     model.close()
     return {"text": text["choices"][0]["text"], "chat": chat["choices"][0]["message"]["content"]}

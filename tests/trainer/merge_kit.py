@@ -1,119 +1,207 @@
-"""Builders for the tests of merges: adapters of the tiny Llama, published or not, documents and settings. No torch."""
+"""Tiny random models and adapters for the tests of merging, and the comparison with peft's own merge."""
 
 from __future__ import annotations
 
 import json
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors.numpy import save_file
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests.trainer.kit import WRITER, Bucket
-from tunewright_api.merge_run import MergeRun, build_merge_run
-from tunewright_api.run_config import StorageSettings
-from tunewright_api.validation import parse_adaptermerge
-from tunewright_trainer import model_files, publish
-from tunewright_trainer.publish import Published, Result
-from tunewright_trainer.settings import SupervisorSettings
-from tunewright_trainer.storage import Storage
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
-HIDDEN = 64
-INNER = 128
-SHAPES = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.v_proj": (HIDDEN, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INNER),
+from tunewright_trainer.merge.adapter import load_adapter
+from tunewright_trainer.merge.checkpoint import Checkpoint
+from tunewright_trainer.merge.readers import FolderReader
+from tunewright_trainer.merge.sinks import FolderSink
+from tunewright_trainer.merge.stream import MergeFindings, merge
+
+SMALL: dict[str, Any] = {"vocab_size": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+LLAMA = {
+    **SMALL,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
 }
-"""Outputs and inputs of the modules that the adapters change, in each of two layers."""
+EXPERTS = {**LLAMA, "head_dim": 8, "moe_intermediate_size": 24, "decoder_sparse_step": 1}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {**LLAMA, "tie_word_embeddings": False, "attention_bias": True}),
+    "qwen2": ("qwen2", {**LLAMA, "tie_word_embeddings": True}),
+    "gpt2": ("gpt2", {**SMALL, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    "bert": (
+        "bert",
+        {
+            **{k: v for k, v in LLAMA.items() if k != "num_key_value_heads"},
+            "tie_word_embeddings": True,
+            "type_vocab_size": 2,
+        },
+    ),
+    "mixtral": ("mixtral", {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {**EXPERTS, "num_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False, "mlp_only_layers": []},
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            **LLAMA,
+            "head_dim": 8,
+            "intermediate_size": 32,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "tie_word_embeddings": False,
+            "layer_types": ["full_attention", "full_attention"],
+        },
+    ),
+}
+KINDS: dict[str, Any] = {
+    "CAUSAL_LM": AutoModelForCausalLM,
+    "MASKED_LM": AutoModelForMaskedLM,
+    "SEQ_CLS": AutoModelForSequenceClassification,
+}
+IDS = torch.tensor([[3, 7, 11, 40, 5, 47, 2], [1, 2, 3, 4, 5, 6, 7]])
 
 
-def adapter_tensors(seed: int, rank: int = 4) -> dict[str, np.ndarray]:
-    """Make the factors of a LoRA adapter that changes logits clearly."""
-    draw = np.random.default_rng(seed)
-    tensors = {}
-    for layer in range(2):
-        for module, (rows, columns) in SHAPES.items():
-            name = f"base_model.model.model.layers.{layer}.{module}"
-            tensors[f"{name}.lora_A.weight"] = draw.normal(0, 0.1, (rank, columns)).astype(np.float32)
-            tensors[f"{name}.lora_B.weight"] = draw.normal(0, 0.1, (rows, rank)).astype(np.float32)
-    return tensors
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Let peft say what it thinks of tied weights; the tests know."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
-def adapter_config(base: str, rank: int = 4, **changes: Any) -> dict[str, Any]:
-    """Make the configuration of such an adapter."""
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": rank,
-        "lora_alpha": 2 * rank,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": [module.rpartition(".")[2] for module in SHAPES],
-        "inference_mode": True,
-        **changes,
-    }
-
-
-def write_adapter(
-    folder: Path, base: str, *, seed: int = 1, tensors: dict[str, np.ndarray] | None = None, **config: Any
-) -> Path:
-    """Write an adapter as peft does."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rank = config.get("r", 4)
-    save_file(
-        tensors if tensors is not None else adapter_tensors(seed, max(1, rank)), folder / "adapter_model.safetensors"
-    )
-    (folder / "adapter_config.json").write_text(json.dumps(adapter_config(base, **config)))
+def make_base(folder: Path, name: str, kind: str = "CAUSAL_LM", **save: Any) -> Path:
+    """Write a random model of one of MODELS; `save` goes to save_pretrained."""
+    family, settings = MODELS[name]
+    torch.manual_seed(0)
+    model = KINDS[kind].from_config(AutoConfig.for_model(family, **settings))
+    for parameter in model.parameters():
+        # Biases begin as 0 and norms as 1, which would hide what is done to them.
+        parameter.data += torch.randn(parameter.shape) * 0.02
+    model.save_pretrained(folder, **save)
     return folder
 
 
-def upload_folder(bucket: Bucket, folder: Path, prefix: str) -> None:
-    """Put all files of a folder into a bucket."""
-    for path in folder.iterdir():
-        bucket.client.upload_file(str(path), bucket.name, f"{prefix}/{path.name}")
+def load(folder: Path, kind: str = "CAUSAL_LM", **settings: Any) -> PreTrainedModel:
+    """Load a model in evaluation mode, float32; nothing may be missing from the files, unless settings say so."""
+    model, info = KINDS[kind].from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **settings)
+    if not settings:
+        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    model.eval()
+    loaded: PreTrainedModel = model
+    return loaded
 
 
-def publish_adapter(
-    storage: Storage, output_uri: str, folder: Path, base: str, *, key: str = "ab" * 8, **document: Any
-) -> Published:
-    """Publish an adapter as training does, with what its run.json says of the base."""
-    output = folder.parent / f"{folder.name}-output"
-    (output / "adapter").mkdir(parents=True)
-    for path in folder.iterdir():
-        (output / "adapter" / path.name).write_bytes(path.read_bytes())
-    files = model_files.select_files(base, storage.listing(base))
-    model = {"uri": base, "version": model_files.model_version(files)}
-    run = {"version": 1, "run": {"method": "LoRA"}, "inputs": {"model": model}, **document}
-    (output / "run.json").write_text(json.dumps(run))
-    result = Result(key, "feedbeef", "Adapter", "adapter", publish.output_files(output), {"steps": 3})
-    return publish.publish(storage, output_uri, result)[0]
+@torch.inference_mode()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    """Return the logits of a few ids."""
+    ids = IDS % model.config.vocab_size  # type: ignore[union-attr, operator]
+    result: torch.Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    return result
 
 
-def merge_run(endpoint: str | None, *, local: bool = False, stall: str | None = None, **spec: Any) -> MergeRun:
-    """Build a run document as the operator does."""
-    document: dict[str, Any] = {
-        "apiVersion": "tunewright.dev/v1alpha1",
-        "kind": "AdapterMerge",
-        "metadata": {"name": "support-bot"},
-        "spec": spec,
-    }
-    if stall is not None:
-        document["spec"]["retry"] = {"timeouts": {"stall": stall}}
-    parsed = parse_adaptermerge(document, local=local)
-    storage = StorageSettings(endpoint=endpoint, path_style=True, secret_name="s3-credentials")
-    return build_merge_run(parsed.spec, name="support-bot", namespace="ml", attempt=1, storage=storage)
+def adapt(model: PreTrainedModel, config: PeftConfig, seed: int = 1) -> PeftModel:
+    """Put an adapter on a model and give it weights as if it were trained."""
+    with quiet():
+        adapted = get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad:
+            step = torch.randn(parameter.shape, generator=generator) * 0.1
+            scale = parameter.data.abs().mean() if "ia3" in name or "magnitude" in name else 1.0
+            parameter.data += step * scale
+    adapted.eval()
+    return adapted
 
 
-def merge_settings(work: Path, bucket: Bucket | None = None, **changes: Any) -> SupervisorSettings:
-    """Build settings; the children find credentials and packages as in the image."""
-    environment = {
-        "PATH": "/usr/bin:/bin",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        **(bucket.environment if bucket is not None else {}),
-        **changes.pop("environment", {}),
-    }
-    given = {"work": work, "writer": WRITER, "echo": False, "environment": environment}
-    return SupervisorSettings(**{**given, **changes})
+@dataclass
+class Case:
+    """An adapter on a base, and what was made of it."""
+
+    base: Path
+    adapter: Path
+    merged: Path
+    kind: str
+    adapted_logits: torch.Tensor
+    reference: dict[str, torch.Tensor] = field(repr=False)
+    """State of the model that peft merges."""
+    findings: MergeFindings = field(repr=False)
+
+    def config(self) -> dict[str, Any]:
+        """Return the merged model's configuration."""
+        document: dict[str, Any] = json.loads((self.merged / "config.json").read_text())
+        return document
+
+
+def merge_folders(base: Path, adapter: Path, target: Path, **options: Any) -> MergeFindings:
+    """Merge from folder to folder."""
+    return merge(Checkpoint(FolderReader(base)), load_adapter(adapter), FolderSink(target), **options)
+
+
+def run_case(
+    base: Path,
+    work: Path,
+    config: PeftConfig,
+    kind: str = "CAUSAL_LM",
+    *,
+    before: Callable[[PreTrainedModel], None] | None = None,
+    settings: dict[str, Any] | None = None,
+    **options: Any,
+) -> Case:
+    """Train (so to speak), save, merge by peft and by us.
+
+    Args:
+        base: The base model.
+        work: Gets adapter/ and merged/.
+        config: Of the adapter.
+        kind: Of the model; one of KINDS.
+        before: Done to the base before the adapter is put on it.
+        settings: For loading the base, such as the number of labels.
+        options: For our merge.
+    """
+    model = load(base, kind, **(settings or {}))
+    if before is not None:
+        before(model)
+    adapted = adapt(model, config)
+    with quiet():
+        adapted.save_pretrained(work / "adapter")
+        adapted_logits = logits(adapted)
+        reference = {k: v.clone() for k, v in adapted.merge_and_unload().state_dict().items()}
+    findings = merge_folders(base, work / "adapter", work / "merged", **options)
+    return Case(base, work / "adapter", work / "merged", kind, adapted_logits, reference, findings)
+
+
+def assert_equal_to_peft(case: Case, *, same_weights: bool = True) -> PreTrainedModel:
+    """Compare tensor by tensor and logit by logit.
+
+    Args:
+        case: What.
+        same_weights: Compare the weights; False where peft merges tied weights into a model that computes other
+            logits than base and adapter do.
+    """
+    merged = load(case.merged, case.kind)
+    state = merged.state_dict()
+    if same_weights:
+        assert state.keys() == case.reference.keys()
+        for name, expected in case.reference.items():
+            difference = (state[name] - expected).norm() / expected.norm().clamp(min=1e-12)
+            assert difference <= 1e-5, f"{name}: {difference}"
+    torch.testing.assert_close(logits(merged), case.adapted_logits, rtol=1e-4, atol=1e-5)
+    return merged

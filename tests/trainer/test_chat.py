@@ -57,8 +57,7 @@ def answer(model: Any, tiny: Path, turns: list[dict[str, str]] | str) -> str:
         given = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     length = given["input_ids"].shape[1]
     ids = model.generate(**given, max_new_tokens=TOKENS, do_sample=False)
-    text: str = tokenizer.decode(ids[0, length:], skip_special_tokens=True)
-    return text
+    return str(tokenizer.decode(ids[0, length:], skip_special_tokens=True))
 
 
 def chat(*arguments: str | Path, stdin: str | None = None) -> str:

@@ -16,11 +16,11 @@ from peft.tuners.lora import LoraModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from tunewright_api.v1alpha1.adaptermerge import CombinationType
 from tunewright_trainer.errors import InvalidAdapter, InvalidConfiguration, TrainerError, WorkerFailure, fate_of
 from tunewright_trainer.merge.combination import (
     AdapterFolder,
     Combination,
-    CombinationType,
     CombineResult,
     CombineTask,
     run_combination,

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from safetensors.numpy import load_file
+from typer.testing import CliRunner
 
+from tests.hub_server import HubServer, User
 from tests.trainer.kit import WRITER, Bucket
-from tests.trainer.merge_kit import (
+from tests.trainer.merge_run_kit import (
     adapter_tensors,
     merge_run,
     merge_settings,
@@ -19,16 +26,27 @@ from tests.trainer.merge_kit import (
     upload_folder,
     write_adapter,
 )
-from tests.trainer.s3_fixtures import bucket, make_storage, server, shared_bucket, storage
+from tests.trainer.s3_fixtures import bucket, server, shared_bucket, storage
 from tunewright_api.run_report import RunReport
-from tunewright_trainer.merge import attempt
+from tunewright_api.v1alpha1.adaptermerge import AdapterSource
+from tunewright_cli.main import app
+from tunewright_trainer import supervisor
+from tunewright_trainer.merge import product
+from tunewright_trainer.merge.adapter import Adapter
+from tunewright_trainer.merge.checkpoint import Checkpoint
+from tunewright_trainer.merge.inputs import TrainedOn, find_adapter
+from tunewright_trainer.merge.sinks import StorageSink, WrittenFile
+from tunewright_trainer.merge.stream import MergeFindings, merge
 from tunewright_trainer.settings import SupervisorSettings
 from tunewright_trainer.storage import Storage
+from tunewright_trainer.transfer import Stop
 
 __all__ = ["bucket", "server", "shared_bucket", "storage"]
 
 BASE = "s3://tests/base"
 OUT = "s3://tests/out"
+TOKEN = "hf_secret-of-alice"
+LOCAL: dict[str, Any] = {"output": {"uri": OUT}}
 ADAPTERS = "s3://tests/adapters"
 
 
@@ -40,13 +58,27 @@ def inputs(bucket: Bucket, storage: Storage, tiny: Path, tmp_path: Path) -> Buck
     return bucket
 
 
-def run(bucket: Bucket, settings: SupervisorSettings, **spec: object) -> RunReport:
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tiny: Path) -> Iterator[HubServer]:
+    """A hub with the tiny Llama."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nonexistent")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with HubServer.start() as running:
+        running.part_bytes = 4_000_000
+        running.tokens[TOKEN] = User("alice", ("org",))
+        running.add("model", "org/base", {path.name: path.read_bytes() for path in tiny.iterdir()})
+        yield running
+
+
+def run(bucket: Bucket, settings: SupervisorSettings, **spec: Any) -> RunReport:
     """Merge on the inputs of a bucket."""
-    given = {"adapters": [{"uri": ADAPTERS}], "output": {"uri": OUT}, **spec}
-    return attempt.run(merge_run(bucket.server.endpoint, **given), settings)
+    given: dict[str, Any] = {"adapters": [{"uri": ADAPTERS}], "output": {"uri": OUT}, **spec}
+    return supervisor.run(merge_run(bucket.server.endpoint, **given), settings)
 
 
-def test_a_merge_is_published(inputs: Bucket, tmp_path: Path, tiny: Path) -> None:
+def test_a_merge_is_published(inputs: Bucket, storage: Storage, tmp_path: Path, tiny: Path) -> None:
     """The merged model lies in the run's folder with everything that was proved of it, and is base plus delta."""
     settings = merge_settings(tmp_path / "work", inputs, termination_log=tmp_path / "termination")
     report = run(inputs, settings, dtype="Float32")
@@ -83,3 +115,184 @@ def test_a_merge_is_published(inputs: Bucket, tmp_path: Path, tiny: Path) -> Non
     document = inputs.json(f"{own}/run.json")
     assert document["inputs"]["model"] == {"uri": BASE, "version": report.merge.base_version}
     assert json.loads(report.to_json())["merge"]["adapters"][0]["uri"].endswith("/manifest.json")
+    checked = CliRunner().invoke(app, ["verify", OUT, "--endpoint", inputs.server.endpoint])
+    assert checked.exit_code == 0, checked.output
+    assert "files     passed" in checked.output
+    assert "bit by bit: 6 tensors changed" in checked.output
+    other = write_adapter(tmp_path / "changed", BASE, seed=9)
+    publish_adapter(storage, ADAPTERS, other, BASE, key="ef" * 8)
+    assert CliRunner().invoke(app, ["verify", OUT, "--endpoint", inputs.server.endpoint]).exit_code == 0
+    inputs.client.upload_file(str(tmp_path / "merged.safetensors"), "tests", f"{own}/merged/config.json")
+    broken = CliRunner().invoke(app, ["verify", OUT, "--endpoint", inputs.server.endpoint, "--output", "json"])
+    assert broken.exit_code == 1
+    (check,) = json.loads(broken.stdout)["checks"]
+    assert (check["name"], check["passed"]) == ("files", False)
+    assert "merged/config.json has " in check["detail"]
+
+
+@pytest.mark.timeout(300)
+def test_several_adapters_from_and_to_the_hub(
+    bucket: Bucket, storage: Storage, tiny: Path, tmp_path: Path, hub: HubServer
+) -> None:
+    """A base on the hub is merged in the commit that the adapters were trained on, in files of the asked size; the
+    merged model is pushed; what two adapters add is the weighted sum of what each would add."""
+    commit = hub.repositories["model", "org/base"].branches["main"][-1].oid
+    hub.repositories["model", "org/base"].commit("main", "another model", "", {"config.json": b"{}"})
+    adapters = []
+    for number, weight in ((1, 0.5), (2, 2.0)):
+        upload_folder(
+            bucket, write_adapter(tmp_path / f"{number}", "org/base", seed=number, revision=commit), f"p{number}"
+        )
+        adapters.append({"uri": f"s3://tests/p{number}", "weight": weight})
+    report = run(
+        bucket,
+        merge_settings(tmp_path / "work", bucket, environment={"HF_TOKEN": TOKEN}),
+        adapters=adapters,
+        combination={"type": "Concatenate"},
+        maxShardSize="8MB",
+        dtype="Float32",
+        verification={"prompts": ["Say something"], "vllm": {}},
+        output={"uri": OUT, "hub": {"repository": "org/merged"}},
+        hub={"endpoint": hub.endpoint, "secretName": "hf-token"},
+    )
+    assert (report.exit_code, report.reason) == (0, "Succeeded"), report.message
+    assert report.merge is not None
+    assert (report.merge.base_uri, report.merge.base_version, report.merge.shards) == ("hf://org/base", commit, 2)
+    pushed = hub.repositories["model", "org/merged"].branches["main"][-1]
+    assert report.output is not None
+    assert report.output.hub_url == f"{hub.endpoint}/org/merged/tree/{pushed.oid}"
+    index = json.loads(pushed.files["model.safetensors.index.json"])["weight_map"]
+    card = pushed.files["README.md"].decode()
+    assert 'AutoModelForCausalLM.from_pretrained("org/merged")' in card
+    assert "Combined by Concatenate." in card
+    name = "model.layers.0.self_attn.v_proj"
+    (tmp_path / "shard").write_bytes(pushed.files[index[f"{name}.weight"]])
+    expected = load_file(tiny / "model.safetensors")[f"{name}.weight"]
+    for number, weight in ((1, 0.5), (2, 2.0)):
+        factors = adapter_tensors(number)
+        a, b = (factors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+        expected = expected + weight * 2 * (b @ a)
+    np.testing.assert_allclose(load_file(tmp_path / "shard")[f"{name}.weight"], expected, rtol=1e-5, atol=1e-6)
+    assert report.verification is not None
+    assert report.verification.vllm == []
+    assert not (set(bucket.environment.values()) | {TOKEN}) & set(
+        (tmp_path / "work/logs/attempt-1.log").read_text().split()
+    )
+
+
+def test_a_combination_is_published_as_an_adapter(inputs: Bucket, storage: Storage, tmp_path: Path) -> None:
+    """With adapterOnly the result is an adapter of the same base, which merges like one that was trained."""
+    other = "s3://tests/more"
+    publish_adapter(storage, other, write_adapter(tmp_path / "other", BASE, seed=2), BASE, key="cd" * 8)
+    both = [{"uri": ADAPTERS, "weight": 0.75}, {"uri": other, "weight": 0.25}]
+    given = {"adapters": both, "combination": {"type": "SVD", "svdRank": 6}}
+    given["output"] = {"uri": OUT, "adapterOnly": True}
+    report = run(inputs, merge_settings(tmp_path / "work", inputs), **given)
+    assert (report.exit_code, report.reason) == (0, "Succeeded"), report.message
+    manifest = inputs.json(f"out/{report.run_key}/manifest.json")
+    assert (manifest["kind"], manifest["root"]) == ("Adapter", f"{WRITER}/adapter")
+    own = f"out/{report.run_key}/{WRITER}"
+    assert inputs.json(f"{own}/adapter/adapter_config.json")["r"] == 6
+    assert f"{own}/adapter/adapter_model.safetensors" in inputs.stored("out")
+    document = inputs.json(f"{own}/run.json")
+    assert document["inputs"]["model"]["uri"] == BASE
+    assert [adapter["weight"] for adapter in document["inputs"]["adapters"]] == [0.75, 0.25]
+    found = find_adapter(AdapterSource(uri=OUT), 0, merge_run(None, adapters=both, **LOCAL), storage, Stop(), tmp_path)
+    assert found.base == TrainedOn(BASE, document["inputs"]["model"]["version"])
+    again = run(inputs, merge_settings(tmp_path / "again", inputs, writer="bbbbbbbb"), **given)
+    assert (again.reason, again.cached, again.output) == ("Cached", True, report.output)
+    assert (again.merge, again.verification) == (report.merge, report.verification)
+
+
+def test_on_this_machine(tiny: Path, tmp_path: Path) -> None:
+    """`tunewright run` merges local folders, prints what was proved, and does nothing the second time."""
+    write_adapter(tmp_path / "adapter", str(tiny))
+    file = tmp_path / "merge.yaml"
+    file.write_text(f"""\
+apiVersion: tunewright.dev/v1alpha1
+kind: AdapterMerge
+metadata: {{name: local}}
+spec:
+  adapters: [{{uri: {tmp_path}/adapter}}]
+  dtype: BFloat16
+  output: {{uri: {tmp_path}/out}}
+""")
+    first = CliRunner().invoke(app, ["run", "-f", str(file), "--work", str(tmp_path / "work")])
+    assert first.exit_code == 0, first.output
+    assert "complete         Succeeded" in first.output
+    assert "verified         12 tensors of the adapter used, 6 of the model changed" in first.output
+    second = CliRunner().invoke(app, ["run", "-f", str(file), "--output", "json"])
+    report = json.loads(second.output)
+    assert (second.exit_code, report["reason"], report["verification"]["passed"]) == (0, "Cached", True)
+    assert (
+        Path(report["output"]["uri"], "chat_template.jinja").read_text() == (tiny / "chat_template.jinja").read_text()
+    )
+
+
+def wrong_scale(base: Checkpoint, adapter: Adapter, *arguments: Any, **options: Any) -> MergeFindings:
+    """Merge with twice the adapter's scale."""
+    return merge(base, replace(adapter, config={**adapter.config, "lora_alpha": 16}), *arguments, **options)
+
+
+class Nowhere:
+    """A file that is never stored."""
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Forget the data."""
+
+    def finish(self) -> WrittenFile:
+        """Say anything."""
+        return WrittenFile("", 0, "")
+
+    abort = finish
+
+
+class WithoutTemplate(StorageSink):
+    """Leaves out the chat template."""
+
+    def open(self, name: str, size_bytes: int) -> Any:
+        """Begin a file."""
+        return Nowhere() if name == "chat_template.jinja" else super().open(name, size_bytes)
+
+
+def template_lost(base: Checkpoint, adapter: Adapter, sink: Any, **options: Any) -> MergeFindings:
+    """Merge and say nothing of a chat template."""
+    inner = sink._sink
+    findings = merge(base, adapter, WithoutTemplate(inner._storage, inner._folder_uri), **options)
+    return replace(findings, files=tuple(file for file in findings.files if file.name))
+
+
+@pytest.mark.parametrize(
+    ("sabotaged", "message"),
+    [(wrong_scale, "the merged model does not give the logits of base and adapter"), (template_lost, "chat template")],
+)
+def test_a_model_that_answers_otherwise_is_not_published(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sabotaged: Any, message: str
+) -> None:
+    """A wrong scale, and a lost chat template: only running the model, and its tokenizer, shows them."""
+    monkeypatch.setattr(product, "merge", sabotaged)
+    write_adapter(tmp_path / "adapter", str(tiny))
+    document = merge_run(None, local=True, adapters=[{"uri": f"{tmp_path}/adapter"}], output={"uri": f"{tmp_path}/out"})
+    report = supervisor.run(document, merge_settings(tmp_path / "work", local=True))
+    assert (report.exit_code, report.reason) == (20, "VerificationFailed"), report.message
+    assert message in report.message
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
+
+
+def test_two_at_once_publish_one_result(inputs: Bucket, tmp_path: Path) -> None:
+    """Two pods of the same merge that end together: both succeed, one result is valid, the other's files are gone."""
+    reports: list[RunReport] = []
+
+    def one(writer: str) -> None:
+        reports.append(run(inputs, merge_settings(tmp_path / writer, inputs, writer=writer)))
+
+    threads = [threading.Thread(target=one, args=(letter * 8,)) for letter in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [report.exit_code for report in reports] == [0, 0]
+    assert reports[0].output == reports[1].output
+    keys = inputs.stored("out")
+    assert sum(key.endswith("manifest.json") for key in keys) == 1
+    assert len({key.split("/")[2] for key in keys if key.count("/") > 2}) == 1

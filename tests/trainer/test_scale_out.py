@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tests.trainer.conftest import EXCHANGES, Events, MakeTask, task_maker
 from tests.trainer.kit import WRITER, Bucket, bucket_run
@@ -20,7 +26,15 @@ from tunewright_api.run_config import TrainRun
 from tunewright_api.run_report import RunReport
 from tunewright_trainer import worker
 from tunewright_trainer.artifact import download_artifact
-from tunewright_trainer.protocol import EVENTS_FILE, EvaluationEvent, ResultEvent, StepEvent, parse_event, write_task
+from tunewright_trainer.protocol import (
+    EVENTS_FILE,
+    EvaluationEvent,
+    PlanEvent,
+    ResultEvent,
+    StepEvent,
+    parse_event,
+    write_task,
+)
 from tunewright_trainer.storage import Storage
 
 __all__ = ["bucket", "server", "shared_bucket"]
@@ -29,6 +43,8 @@ pytestmark = pytest.mark.timeout(300)
 
 LOSS_TOLERANCE = 1e-4
 """Sums in another order; replicas that exchange no gradients, or see other rows, are off by 2e-3 and more."""
+HALF_TOLERANCE = 0.02
+"""Products in bfloat16 have three digits."""
 WORKER = (sys.executable, "-m", "tunewright_trainer.worker")
 LORA = {"type": "LoRA", "lora": {"dropout": 0.0}}
 """What is dropped depends on the number of processes, so losses are equal only without."""
@@ -36,6 +52,13 @@ VALIDATION = EXCHANGES[:8]
 STEPS = {"maxSteps": 4, "batchSize": 2, "learningRate": 0.002, "maxSequenceLength": 128}
 CASES: dict[str, dict[str, Any]] = {
     "full": {"method": {"type": "Full"}, "validation": VALIDATION, "hyperparameters": {"gradientCheckpointing": True}},
+    "lora": {
+        "method": LORA,
+        "validation": VALIDATION,
+        "evaluation": {"strategy": "Steps", "steps": 1, "loadBest": True},
+        "hyperparameters": {"gradientCheckpointing": True},
+    },
+    "half": {"method": {"type": "Full"}, "model": {"uri": "hf://tests/tiny", "dtype": "BFloat16"}},
     "packing": {"method": LORA, "hyperparameters": {"packing": True, "batchSize": 1, "maxSequenceLength": 64}},
     "qlora": {"method": {**LORA, "type": "QLoRA", "quantization": {"bits": 4}}},
     "dpo": {
@@ -66,11 +89,16 @@ GRPO = {
 """Each process answers the same prompt 8 times a step; an answer is rewarded by 0 or 1."""
 
 
-def scaled(make_task: MakeTask, processes: int, case: dict[str, Any]) -> Any:
+SPREAD = ("full", "lora", "half", "dpo", "kto", "reward", "classification")
+"""Cases that are trained with FSDP as well."""
+
+
+def scaled(make_task: MakeTask, processes: int, case: dict[str, Any], parallelism: str = "DDP") -> Any:
     """Return a task for so many processes; one process takes their batches one after the other instead."""
     given = {**STEPS, "gradientAccumulationSteps": 2 // processes, **case.get("hyperparameters", {})}
     task = make_task(**{**case, "hyperparameters": given})
-    return task.model_copy(update={"run": task.run.model_copy(update={"processes": processes})})
+    scale = {"processes": processes, "parallelism": parallelism}
+    return task.model_copy(update={"run": task.run.model_copy(update=scale)})
 
 
 def alone(tiny: Path, folder: Path, case: dict[str, Any]) -> Events:
@@ -83,29 +111,92 @@ def alone(tiny: Path, folder: Path, case: dict[str, Any]) -> Events:
 
 
 @pytest.fixture(scope="module")
-def together(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Events]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two processes work, on each case in a folder of its own."""
+    return tmp_path_factory.mktemp("together")
+
+
+@pytest.fixture(scope="module")
+def together(tiny: Path, folder: Path) -> dict[str, Events]:
     """What two processes report of all cases."""
-    top = tmp_path_factory.mktemp("together")
-    cases = {**CASES, "grpo": GRPO}
-    for name, case in cases.items():
+    top = folder
+    tasks = {name: ("DDP", case) for name, case in {**CASES, "grpo": GRPO}.items()}
+    tasks |= {f"fsdp-{name}": ("FSDP", CASES[name]) for name in SPREAD}
+    for name, (parallelism, case) in tasks.items():
         (top / name).mkdir()
-        write_task(top / name, scaled(task_maker(tiny, top / name), 2, case))
+        write_task(top / name, scaled(task_maker(tiny, top / name), 2, case, parallelism))
     launch = ["--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2", "--log-dir=/dev/null", "--module"]
     command = [sys.executable, "-m", "torch.distributed.run", *launch, "tests.trainer.together"]
-    done = subprocess.run([*command, *(str(top / name) for name in cases)], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, *(str(top / name) for name in tasks)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
-    lines = {name: (top / name / EVENTS_FILE).read_text().splitlines() for name in cases}
+    lines = {name: (top / name / EVENTS_FILE).read_text().splitlines() for name in tasks}
     return {name: Events(map(parse_event, of_case)) for name, of_case in lines.items()}
 
 
+@pytest.fixture(scope="module")
+def by_one(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Events]:
+    """What one process reports of a case, trained once."""
+    return cache(lambda case: alone(tiny, tmp_path_factory.mktemp(case) / "alone", CASES[case]))
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_losses_equal_those_of_one_process(case: str, together: dict[str, Events], tiny: Path, tmp_path: Path) -> None:
+def test_losses_equal_those_of_one_process(
+    case: str, together: dict[str, Events], by_one: Callable[[str], Events]
+) -> None:
     """Two processes train as one that accumulates twice as many batches: same rows, gradients and evaluations."""
-    ours, theirs = together[case], alone(tiny, tmp_path / "alone", CASES[case])
-    assert losses_of(ours) == pytest.approx(losses_of(theirs), abs=LOSS_TOLERANCE)
+    check_same(case, together[case], by_one(case))
+    assert plan_of(together[case]) == "DDP: resources.parallelism says so"
+
+
+@pytest.mark.parametrize("case", SPREAD)
+def test_losses_of_a_spread_model_equal_those_of_one_process(
+    case: str, together: dict[str, Events], by_one: Callable[[str], Events], folder: Path
+) -> None:
+    """Two processes that hold half of each weight train like one that holds all of them."""
+    check_same(case, together[f"fsdp-{case}"], by_one(case))
+    assert plan_of(together[f"fsdp-{case}"]) == "FSDP: resources.parallelism says so"
+    for rank in range(2):
+        held = json.loads((folder / f"fsdp-{case}" / f"held-{rank}.json").read_text())
+        assert (held["whole"], held["held"]) == (0, pytest.approx(held["all"] / 2, abs=64))
+
+
+def check_same(case: str, ours: Events, theirs: Events) -> None:
+    """Compare the training in two processes with that in one."""
+    tolerance = HALF_TOLERANCE if case == "half" else LOSS_TOLERANCE
+    assert losses_of(ours) == pytest.approx(losses_of(theirs), abs=tolerance)
     assert len(ours.of(StepEvent)) == 4
     assert len(ours.of(ResultEvent)) == 1
     assert [type(event) for event in ours] == [type(event) for event in theirs]
+
+
+def plan_of(events: Events) -> str | None:
+    """Return how the model was held."""
+    return events.of(PlanEvent)[0].parallelism
+
+
+@pytest.mark.parametrize("case", SPREAD)
+def test_the_result_of_a_spread_model_is_an_ordinary_one(
+    case: str, together: dict[str, Events], folder: Path, tiny: Path
+) -> None:
+    """What two processes held and saved loads in one, with plain transformers and peft, to the recorded logits."""
+    assert together[f"fsdp-{case}"].of(ResultEvent)
+    output = folder / f"fsdp-{case}" / "output"
+    outputs = {"reward": 1, "classification": 2}.get(case)
+    kind: Any = AutoModelForCausalLM if outputs is None else AutoModelForSequenceClassification
+    head = {} if outputs is None else {"num_labels": outputs, "pad_token_id": 2}
+    if (output / "model").is_dir():
+        config = json.loads((output / "model" / "config.json").read_text())
+        assert config["dtype"] == ("bfloat16" if case == "half" else "float32")
+        assert "distributed_config" not in config
+        model = kind.from_pretrained(output / "model", dtype=torch.float32)
+    else:
+        model = PeftModel.from_pretrained(kind.from_pretrained(tiny, dtype=torch.float32, **head), output / "adapter")
+    probe = load_file(output / "probe.safetensors")
+    ids = probe["input_ids"]
+    with torch.inference_mode():
+        logits = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    found = logits if outputs is not None else logits[:, -1]
+    torch.testing.assert_close(found, probe["logits"], atol=1e-4, rtol=0)
 
 
 def test_a_classifiers_loss_is_a_mean(tiny: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.trainer.conftest import EXCHANGES, Events, MakeTask, Train
 from tests.trainer.test_worker_objectives import OBJECTIVES, task_of
-from tunewright_trainer import recipe, training_arguments
+from tunewright_trainer import recipe, result, training_arguments
 from tunewright_trainer.errors import Diverged, InvalidConfiguration
 from tunewright_trainer.protocol import (
     BestEvent,
@@ -248,7 +248,7 @@ def test_a_loss_that_is_no_number_ends_every_objective(
 def evaluation_loss(task: WorkerTask, folder: Path) -> float:
     """Return the published model's mean loss per token of the answers in the validation rows."""
     setup = recipe.prepare(task, folder)
-    model = recipe.load_result(setup).eval()
+    model = result.load_result(setup).eval()
     total, count = 0.0, 0
     for row in GETS_WORSE["validation"]:
         chat = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]

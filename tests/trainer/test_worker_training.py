@@ -225,16 +225,16 @@ def test_files_that_are_not_the_model_are_not_published(
     make_task: MakeTask, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When the saved adapter is not what was trained, the run fails and says by how much."""
-    from tunewright_trainer import recipe
+    from tunewright_trainer import recipe, result
 
-    save = recipe.save
+    save = result.save
 
-    def save_wrong(setup: recipe.Setup, model: PeftModel) -> None:
-        save(setup, model)
+    def save_wrong(setup: recipe.Setup, model: PeftModel, *, has_head: bool) -> None:
+        save(setup, model, has_head=has_head)
         path = setup.result_path / "adapter_model.safetensors"
         save_file({name: tensor * 0 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
 
-    monkeypatch.setattr(recipe, "save", save_wrong)
+    monkeypatch.setattr(result, "save", save_wrong)
     with pytest.raises(VerificationFailed, match=r"largest difference 0\.\d+, allowed 0\.0001"):
         train(make_task())
 

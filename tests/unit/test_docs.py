@@ -21,7 +21,8 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)]+)\)")
 _COMMAND = re.compile(
-    r"(?:^|[`$&] *)(?:kubectl )?(tunewright (?:validate|plan|convert|run|watch|get-adapter)[^`\n#&]*)", re.MULTILINE
+    r"(?:^|[`$&] *)(?:kubectl )?(tunewright (?:validate|plan|convert|run|watch|get-adapter|chat)[^`\n#&]*)",
+    re.MULTILINE,
 )
 
 
@@ -73,7 +74,7 @@ def test_every_command_in_the_text_exists_with_its_options(page: Path) -> None:
 def test_commands_are_found_in_the_text() -> None:
     """The pattern sees the user guide's commands, plain and under kubectl."""
     found = {shlex.split(line)[1] for line in _COMMAND.findall((ROOT / "docs" / "user-guide.md").read_text())}
-    assert found == {"validate", "plan", "convert", "run", "watch", "get-adapter"}
+    assert found == {"validate", "plan", "convert", "run", "watch", "get-adapter", "chat"}
     assert len(_COMMAND.findall((ROOT / "README.md").read_text())) == 3
 
 

@@ -4,7 +4,7 @@
 #
 #   TARGET/bin                     tunewright-gguf and llama.cpp's libraries
 #   TARGET/convert_hf_to_gguf.py   llama.cpp's converter, with conversion/, gguf-py/ and models/templates/
-#   TARGET/VERSION, LICENSE        release of llama-cpp-python; llama.cpp's licence
+#   TARGET/VERSION, licenses/      release of llama-cpp-python; the licences of what was compiled
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 llama_cpp=$(cd "$1" && pwd)/vendor/llama.cpp
@@ -14,10 +14,11 @@ build=$target.build
 cmake -S "$here" -B "$build" -G Ninja -DLLAMA_CPP="$llama_cpp"
 cmake --build "$build" --parallel "${JOBS:-$(nproc)}" --target tunewright-gguf
 
-mkdir -p "$target/bin" "$target/models" "$target/gguf-py"
-cp -a "$build"/bin/* "$build"/llama.cpp/bin/*.so* "$target/bin/"
-cp -a "$llama_cpp/convert_hf_to_gguf.py" "$llama_cpp/conversion" "$llama_cpp/LICENSE" "$target/"
+mkdir -p "$target/bin" "$target/models" "$target/gguf-py" "$target/licenses"
+cp -a "$build"/bin/* "$target/bin/"
+cp -a "$llama_cpp/convert_hf_to_gguf.py" "$llama_cpp/conversion" "$target/"
 cp -a "$llama_cpp/gguf-py/gguf" "$target/gguf-py/"
+cp -a "$llama_cpp/LICENSE" "$llama_cpp"/licenses/* "$target/licenses/"
 sed -n 's/^Version: /llama-cpp-python /p' "$1/PKG-INFO" > "$target/VERSION"
 # Chat templates of models whose own files have none.
 cp -a "$llama_cpp/models/templates" "$target/models/"

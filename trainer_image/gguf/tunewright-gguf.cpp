@@ -6,7 +6,7 @@
 //   tunewright-gguf evaluate FILE THREADS LOGITS TEXT        run the model on a text; tokens as JSON, the logits of
 //                                                            every position as float32 into the file LOGITS
 //
-// llama.cpp's log goes to stderr, results to stdout. Exit code 2: wrong use or CPU; 1: anything else.
+// Results go to stdout, llama.cpp's warnings and errors to stderr. Exit code 2: wrong use or CPU; 1: anything else.
 
 #include "ggml.h"
 #include "gguf.h"
@@ -36,6 +36,17 @@ bool cpu_is_supported() {
 #else
     return true;
 #endif
+}
+
+void log_line(ggml_log_level level, const char * text, void *) {
+    // A continued line has the level of its beginning.
+    static ggml_log_level line_level = GGML_LOG_LEVEL_NONE;
+    if (level != GGML_LOG_LEVEL_CONT) {
+        line_level = level;
+    }
+    if (line_level >= GGML_LOG_LEVEL_WARN) {
+        std::fputs(text, stderr);
+    }
 }
 
 void quantize(const char * input, const char * output, int file_type, int threads) {
@@ -157,6 +168,7 @@ int run(int count, char ** arguments) {
         std::cerr << "this CPU lacks AVX2, FMA or BMI2\n";
         return 2;
     }
+    llama_log_set(log_line, nullptr);
     if (command == "check" && count == 2) {
         return 0;
     }

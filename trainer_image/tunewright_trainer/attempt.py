@@ -135,6 +135,9 @@ class Attempt:
     def cached(self, published: Published) -> RunReport:
         """Report another attempt's result as this one's."""
         self.log.say(f"the same run was published before: {published.output.uri}")
+        # Who made it may have been killed before that.
+        point = partial(publish.point_to, self.storage, self.run.output_uri, published.manifest.run_key, replaces=None)
+        self.together(point)
         output = self.pushed(published, partial(self.download, published))
         self.tracker.enter("Finished", "the same run was published before")
         return reports.cached(published).model_copy(update={"output": output})

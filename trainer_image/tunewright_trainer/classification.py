@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedModel, Trainer
 
-from tunewright_trainer import recipe, verify
+from tunewright_trainer import recipe, result, verify
 from tunewright_trainer.adapter import adapter_config
 from tunewright_trainer.arguments import classification_arguments
 from tunewright_trainer.callback import ProgressCallback, Report, TokenisingReport
@@ -126,7 +126,7 @@ def with_adapter(setup: Setup, model: PreTrainedModel | PeftModel) -> PreTrained
         adapted = get_peft_model(model, adapter_config(model, run, str(setup.task.model_path), "SEQ_CLS"))
     if run.hyperparameters.gradient_checkpointing:
         adapted.enable_input_require_grads()
-    recipe.match_head(setup, adapted)
+    result.match_head(setup, adapted)
     if run.quantization is not None:
         for name, parameter in adapted.named_parameters():
             if "lora_" in name and "lora_magnitude_vector" not in name:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import transformers
-from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
@@ -20,9 +19,11 @@ from transformers import (
     TextStreamer,
 )
 
-from tunewright_trainer.adapter import load_adapter
 from tunewright_trainer.errors import GpuOutOfMemory, InvalidConfiguration, InvalidModel
 from tunewright_trainer.hardware import TORCH_DTYPES, find_hardware
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 Device = Literal["auto", "cpu", "cuda"]
 Turn = dict[str, str]
@@ -143,6 +144,9 @@ def load(model_path: Path, adapter_path: Path | None, device: Device, name: str)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise InvalidModel(f"{name} cannot be loaded: {error}") from error
     if adapter_path is not None:
+        # Imported only here: peft costs more time than all else, and a whole model does without it.
+        from tunewright_trainer.adapter import load_adapter
+
         model = load_adapter(model, adapter_path, "the adapter", name)
     return Speaker(model, tokenizer)
 

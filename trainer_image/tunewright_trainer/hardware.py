@@ -12,6 +12,7 @@ from tunewright_api.v1alpha1.parts import DType
 from tunewright_trainer.errors import InvalidConfiguration
 
 TORCH_DTYPES = {"Float32": torch.float32, "BFloat16": torch.bfloat16, "Float16": torch.float16}
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _BFLOAT16_CAPABILITY = (8, 0)
 """CUDA compute capability of Ampere, the first with bfloat16 units."""
 _BFLOAT16_CPU_FEATURES = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
@@ -26,6 +27,8 @@ class Hardware:
     computes_bfloat16: bool
     index: int = 0
     """Number of this process's GPU."""
+    memory_bytes: int | None = None
+    """Of the GPU; None on a CPU."""
 
     @property
     def device(self) -> int | str:
@@ -45,6 +48,11 @@ class Precision:
     compute: torch.dtype
     quantized_compute: torch.dtype
     """Of matrix products with quantized weights."""
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return a number format as `model.dtype` names it."""
+    return _NAMES[dtype]
 
 
 def find_hardware(gpus: int, index: int = 0) -> Hardware:
@@ -72,7 +80,8 @@ def find_hardware(gpus: int, index: int = 0) -> Hardware:
         )
     torch.cuda.set_device(index)
     computes_bfloat16 = torch.cuda.get_device_capability(index) >= _BFLOAT16_CAPABILITY
-    return Hardware(on_gpu=True, computes_bfloat16=computes_bfloat16, index=index)
+    memory = torch.cuda.get_device_properties(index).total_memory
+    return Hardware(on_gpu=True, computes_bfloat16=computes_bfloat16, index=index, memory_bytes=memory)
 
 
 def choose_precision(run: TrainRun, hardware: Hardware) -> Precision:

@@ -19,11 +19,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from tunewright_api.run_config import TrainRun
 from tunewright_api.v1alpha1.method import Quantization
 from tunewright_trainer.errors import InvalidModel
 from tunewright_trainer.hardware import Precision
+from tunewright_trainer.sharding import draw_missing
 from tunewright_trainer.stored_quantization import stored_quantization, with_compute_dtype
 
 _ATTENTION = {"Auto": None, "Eager": "eager", "SDPA": "sdpa"}
@@ -65,6 +67,7 @@ def load_model(
     weights: torch.dtype,
     device: int | str,
     outputs: Sequence[str] | None = None,
+    sharding: DistributedConfig | None = None,
 ) -> PreTrainedModel:
     """Load a model to the device that trains, quantized where the run says so and the files are not.
 
@@ -76,6 +79,7 @@ def load_model(
         device: Number of the GPU, or "cpu".
         outputs: Names of the numbers that a head on the last token gives (labels, or one reward); None: the next token.
             A head that the files do not have is drawn at random.
+        sharding: How the processes of the run hold it together, each reading its share; None: all of it.
 
     Raises:
         InvalidModel: The files are missing, damaged, or of an architecture that is not known.
@@ -90,16 +94,18 @@ def load_model(
         config = AutoConfig.from_pretrained(path, **head, local_files_only=True, trust_remote_code=False)
         with_compute_dtype(config, str(precision.quantized_compute).removeprefix("torch."))
         quantization = run.quantization if stored_quantization(config) is None else None
-        model: PreTrainedModel = kind.from_pretrained(
+        model: PreTrainedModel
+        model, loaded = kind.from_pretrained(
             path,
             config=config,
             dtype=weights,
             attn_implementation=_ATTENTION[run.model.attention],
             quantization_config=quantization_config(quantization, precision) if quantization else None,
-            device_map={"": device},
+            **({"device_map": {"": device}} if sharding is None else {"distributed_config": sharding}),
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise InvalidModel(f"the model {run.model.uri} cannot be loaded: {error}") from error
@@ -111,6 +117,8 @@ def load_model(
             + (f", such as a head with another number of outputs than {len(outputs)}" if outputs is not None else "")
             + ": set model.uri to the model that it was made from"
         ) from error
+    if sharding is not None:
+        draw_missing(model, loaded["missing_keys"], run.hyperparameters.seed)
     for module in model.modules():
         if isinstance(module, Linear4bit):
             # On CPUs with avx512_bf16 the first evaluation would repack the weights for inference: rounded, and for

@@ -29,7 +29,7 @@ from transformers.trainer_utils import IntervalStrategy
 from trl.trainer.utils import disable_dropout_in_model
 
 from tunewright_api.v1alpha1.ppo import PPO
-from tunewright_trainer import grpo, ppo_math, recipe, reward_function, samples, verify
+from tunewright_trainer import grpo, ppo_math, recipe, result, reward_function, samples, verify
 from tunewright_trainer.adapter import adapter_config
 from tunewright_trainer.arguments import ppo_arguments
 from tunewright_trainer.callback import Report, check_loss
@@ -88,14 +88,14 @@ def learn_from_rewards(setup: Setup, report: Report, functions: Sequence[Score])
     learned = train_ppo(policy, setup.tokenizer, args, settings, prompts, validation, rewards, report, critic)
 
     if run.quantization is not None:
-        recipe.round_adapter(policy)
+        result.round_adapter(policy)
     shown = grpo.read_prompts(validation or prompts, run.objective.reward_columns)
     tuned_answers = samples.answers(policy, setup.tokenizer, shown)
     with reference(policy):
         base_answers = samples.answers(policy, setup.tokenizer, shown)
-    recipe.save(setup, policy)
+    result.save(setup, policy)
     save_file(learned.model.value_head.state_dict(), setup.result_path / VALUE_HEAD_FILE)
-    recipe.save_samples(setup, samples.as_documents(shown, base_answers, tuned_answers))
+    result.save_samples(setup, samples.as_documents(shown, base_answers, tuned_answers))
     ids_BT = verify.probe_ids(prompts[: verify.PROBE_ROWS]["prompt"])
     return Trained(verify.record_probe(policy, ids_BT), learned.rollouts, learned.loss, learned.seconds)
 

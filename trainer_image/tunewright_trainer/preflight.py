@@ -21,8 +21,8 @@ from tunewright_trainer.protocol import WorkerTask
 from tunewright_trainer.stored_quantization import check_stored
 
 
-def check_model(task: WorkerTask, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check tokenizer and adapter against the model's architecture.
+def check_model(task: WorkerTask, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Check tokenizer and adapter against the model's architecture, and return the model without weights.
 
     Raises:
         InvalidModel: The architecture is not known, the tokenizer is another model's, or the files are quantized in a
@@ -38,6 +38,7 @@ def check_model(task: WorkerTask, tokenizer: PreTrainedTokenizerBase) -> None:
         with_loaded_adapter(model, task.adapter_path, task.run.model.revision, is_empty=True)
     else:
         adapter_config(model, task.run, str(task.model_path), "SEQ_CLS" if _reads(task) else "CAUSAL_LM")
+    return model
 
 
 def empty_model(task: WorkerTask) -> PreTrainedModel:

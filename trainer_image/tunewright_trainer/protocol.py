@@ -107,6 +107,8 @@ class PlanEvent(_Message):
     train_rows: int
     dropped_rows: int = 0
     cut_rows: int = 0
+    parallelism: str | None = None
+    """DDP or FSDP, and why; None for a run in one process."""
 
 
 class StepEvent(_Message):

@@ -204,9 +204,15 @@ def make_valid(
     if first is not None:
         storage.delete_folder(join(folder, manifest.writer))
         return first, True
-    latest = Latest(run_key=manifest.run_key, manifest=f"{manifest.run_key}/{MANIFEST_NAME}", updated_at=now())
-    storage.put(join(output_uri, LATEST_NAME), latest.model_dump_json(by_alias=True, indent=2).encode(), replaces="*")
+    point_to(storage, output_uri, manifest.run_key, replaces="*")
     return Published(manifest, _output(folder, manifest, manifest.to_bytes())), False
+
+
+def point_to(storage: Storage, output_uri: str, run_key: str, *, replaces: str | None) -> None:
+    """Let latest.json name a published run; with `replaces` None only where there is no such file."""
+    latest = Latest(run_key=run_key, manifest=f"{run_key}/{MANIFEST_NAME}", updated_at=now())
+    data = latest.model_dump_json(by_alias=True, indent=2).encode()
+    storage.put(join(output_uri, LATEST_NAME), data, replaces=replaces)
 
 
 def _upload(storage: Storage, folder: str, result: Result, advance: Advance) -> list[ManifestFile]:

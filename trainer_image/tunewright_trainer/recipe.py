@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
-import json
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -16,17 +15,20 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, set_seed
+from transformers.distributed.configuration_utils import DistributedConfig
 
-from tunewright_trainer import samples, verify
+from tunewright_trainer import result, samples, verify
 from tunewright_trainer.adapter import with_loaded_adapter
 from tunewright_trainer.arguments import check_extra, common_arguments
 from tunewright_trainer.callback import Report
-from tunewright_trainer.hardware import TORCH_DTYPES, Hardware, Precision, choose_precision, find_hardware
+from tunewright_trainer.hardware import TORCH_DTYPES, Hardware, Precision, choose_precision, find_hardware, name_of
 from tunewright_trainer.model import base_model_id, load_model, load_tokenizer, peak_memory_bytes
+from tunewright_trainer.parallelism import Parallelism, choose_parallelism
 from tunewright_trainer.preflight import check_model
 from tunewright_trainer.protocol import PlanEvent, ResultEvent, StageEvent, WorkerTask
 from tunewright_trainer.rows import TokenFile
 from tunewright_trainer.selection import Selection, is_last_step_evaluated
+from tunewright_trainer.sharding import let_go, local, sharded_over
 from tunewright_trainer.world import ALONE, World
 
 _REPORTED_VERSIONS = (
@@ -45,6 +47,10 @@ class Setup:
     tokenizer: PreTrainedTokenizerBase
     scratch: Path
     world: World = ALONE
+    parallelism: Parallelism | None = None
+    """How several processes hold the model; None: there is only one."""
+    sharding: DistributedConfig | None = None
+    """How the model is spread over them; None: each process has all of it."""
 
     @property
     def trains_adapter(self) -> bool:
@@ -60,6 +66,19 @@ class Setup:
     def result_dtype(self) -> torch.dtype:
         """Number format that the result is used in."""
         return TORCH_DTYPES[self.precision.name]
+
+    @property
+    def proof_dtype(self) -> torch.dtype:
+        """Number format of the weights that the saved files are compared with what was trained in.
+
+        Sharded weights keep the format in which they were trained, which for all weights of a model is float32.
+        """
+        return self.result_dtype if self.sharding is None or self.trains_adapter else torch.float32
+
+    @property
+    def takes_part(self) -> bool:
+        """Tell whether this process runs the model where one would do: the first one, or all that hold it together."""
+        return self.world.is_first or self.sharding is not None
 
 
 @dataclass(frozen=True)
@@ -95,7 +114,7 @@ def run_recipe(
         report: Takes the events.
         scratch: Folder for files that are of no use afterwards; all processes of a pod share it.
         world: The processes that train together.
-        train_and_save: The recipe; gives None in all processes but the first.
+        train_and_save: The recipe; gives None in processes that have no part in the proof.
 
     Raises:
         InvalidInput: Data, model or configuration cannot work.
@@ -112,9 +131,13 @@ def run_recipe(
     if setup.hardware.on_gpu:
         torch.cuda.empty_cache()
     report(StageEvent(stage="Verifying"))
-    reloaded = verify.record_probe(load_result(setup, trained.outputs), trained.probe.ids_BT)
-    difference = verify.compare(trained.probe, reloaded, setup.result_dtype)
-    trained.probe.save(task.output_path, setup.precision.name)
+    reloaded = verify.record_probe(result.load_result(setup, trained.outputs), trained.probe.ids_BT)
+    if setup.sharding is not None:
+        world.leave()
+        if not world.is_first:
+            return
+    difference = verify.compare(trained.probe, reloaded, setup.proof_dtype)
+    trained.probe.save(task.output_path, name_of(setup.proof_dtype))
     report(
         ResultEvent(
             kind="Adapter" if setup.trains_adapter else "Model",
@@ -147,8 +170,33 @@ def prepare(task: WorkerTask, scratch: Path, world: World = ALONE) -> Setup:
     setup = Setup(task, hardware, choose_precision(task.run, hardware), tokenizer, scratch, world)
     if task.run.hyperparameters.extra:
         check_extra(task.run, arguments(setup, evaluates=task.validation_path is not None))
-    check_model(task, tokenizer)
-    return setup
+    return with_parallelism(setup, check_model(task, tokenizer))
+
+
+def with_parallelism(setup: Setup, empty: PreTrainedModel) -> Setup:
+    """Decide how the processes of the run hold the model.
+
+    Args:
+        setup: Of the run.
+        empty: The model without weights.
+
+    Raises:
+        InvalidConfiguration: The model cannot be spread over processes.
+    """
+    world, memory = setup.world, setup.hardware.memory_bytes
+    chosen = choose_parallelism(
+        setup.task.run,
+        parameters=empty.num_parameters(),
+        weight_bytes=setup.precision.weights.itemsize,
+        # Nodes may have GPUs of other sizes, and all processes must decide the same.
+        gpu_bytes=min(world.gather(memory)) if memory is not None else None,
+    )
+    if chosen is None:
+        return setup
+    if world.is_first:
+        print(f"{world.size} processes with {chosen}", flush=True)
+    sharding = sharded_over(world.size, empty) if chosen.sharded else None
+    return replace(setup, parallelism=chosen, sharding=sharding)
 
 
 def token_files(setup: Setup, tokenize: Callable[[Path, str], TokenFile]) -> tuple[TokenFile, TokenFile | None]:
@@ -196,6 +244,7 @@ def load_base(setup: Setup, outputs: Sequence[str] | None = None) -> PreTrainedM
         weights=precision.weights,
         device=setup.hardware.device,
         outputs=outputs,
+        sharding=setup.sharding,
     )
     if outputs is not None:
         # A classifier looks for the last token that is no padding.
@@ -240,6 +289,7 @@ def plan_of(setup: Setup, model: PreTrainedModel | PeftModel, total_steps: int, 
         train_rows=rows.rows,
         dropped_rows=rows.dropped,
         cut_rows=rows.cut,
+        parallelism=str(setup.parallelism) if setup.parallelism else None,
     )
 
 
@@ -255,7 +305,8 @@ def learn(
 ) -> Trained | None:
     """Report the plan, train, evaluate before and after, write samples and result files, and record the probe.
 
-    Answers, files and probe are the first process's alone; the others are done before that, and give None.
+    Answers, files and probe are the first process's alone; the others are done before that, and give None. Where all
+    processes hold the model together, they answer, save and probe together.
 
     Args:
         setup: What the run needs besides rows and model.
@@ -266,19 +317,19 @@ def learn(
         prompts: Answered before and after; none for a model that writes no answers.
         outputs: Names of the outputs of a classification head; None: a language model.
     """
-    is_first = setup.world.is_first
     report(plan(setup, trainer, train_rows))
-    before = samples.base_answers(trainer.model, setup.tokenizer, prompts) if prompts and is_first else []
+    before = samples.base_answers(trainer.model, setup.tokenizer, prompts) if prompts and setup.takes_part else []
     setup.world.gather(None)  # not all load a model, or answer, in the time that a collective operation may take
     loss, seconds = fit(setup, trainer, report)
-    setup.world.leave()
-    if not is_first:
+    if setup.sharding is None:
+        setup.world.leave()
+    if not setup.takes_part:
         return None
     tuned = trained_model(trainer)
     after = samples.answers(tuned, setup.tokenizer, prompts) if prompts else []
-    save(setup, tuned)
-    if prompts:
-        save_samples(setup, samples.as_documents(prompts, before, after))
+    result.save(setup, tuned, has_head=outputs is not None)
+    if prompts and setup.world.is_first:
+        result.save_samples(setup, samples.as_documents(prompts, before, after))
     probe = verify.record_probe(tuned, verify.probe_ids(probes))
     return Trained(probe, trainer.state.global_step, loss, seconds, outputs)
 
@@ -291,7 +342,7 @@ def fit(setup: Setup, trainer: Trainer, report: Report) -> tuple[float, float]:
     """
     evaluates = trainer.eval_dataset is not None
     trainer.remove_callback(PrinterCallback)
-    if setup.world.size > 1:
+    if setup.world.size > 1 and setup.sharding is None:
         # Now, because an evaluation marks a model as prepared: a training after it would never exchange gradients.
         trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model)
     if evaluates:
@@ -306,6 +357,8 @@ def fit(setup: Setup, trainer: Trainer, report: Report) -> tuple[float, float]:
     # the same, because the order of rows may be among it; only for GRPO, which draws answers, each one draws its own.
     own = setup.world.rank if setup.task.run.objective.type == "GRPO" else 0
     set_seed(setup.task.run.hyperparameters.seed + own)
+    # The optimizer takes the parameters that it finds, which have to be this process's shares.
+    let_go(cast("nn.Module", trainer.model))
     loss: float = trainer.train().training_loss
     seconds = time.monotonic() - began
     if selection is not None:
@@ -313,8 +366,13 @@ def fit(setup: Setup, trainer: Trainer, report: Report) -> tuple[float, float]:
         trainer.remove_callback(selection)  # weights that are rounded below are no further candidate
     if not setup.trains_adapter:
         # Weights only, as they are saved: buffers such as rotary frequencies stay in float32 when a model is loaded.
+        let_go(cast("PreTrainedModel", trainer.model))
         for weight in cast("PreTrainedModel", trainer.model).parameters():
-            weight.data = weight.data.to(setup.result_dtype)
+            if setup.sharding is None:
+                weight.data = weight.data.to(setup.result_dtype)
+            else:
+                share = local(weight.data)
+                share.copy_(share.to(setup.result_dtype))
     if evaluates and not is_evaluated(trainer, setup):
         trainer.evaluate()
     return loss, seconds
@@ -329,54 +387,6 @@ def trained_model(trainer: Trainer) -> PreTrainedModel | PeftModel:
     """Return the model as a user runs it, without the trainer's autocast."""
     model: PreTrainedModel | PeftModel = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     return model
-
-
-def save(setup: Setup, model: PreTrainedModel | PeftModel) -> None:
-    """Write the adapter or the model with its tokenizer."""
-    setup.result_path.mkdir(parents=True, exist_ok=True)
-    if setup.trains_adapter:
-        # The vocabulary is never resized; "auto" would ask the hub about the base model to find that out.
-        # And of a DPO run that went on from an adapter only what it trained: not the reference, a copy of the start.
-        model.save_pretrained(setup.result_path, save_embedding_layers=False, selected_adapters=["default"])
-        (setup.result_path / "README.md").unlink()  # peft's unfilled form of a model card
-    else:
-        model.save_pretrained(setup.result_path)
-    setup.tokenizer.save_pretrained(setup.result_path)
-
-
-def save_samples(setup: Setup, answers: list[dict[str, str]]) -> None:
-    """Write samples.json."""
-    text = json.dumps(answers, ensure_ascii=False, indent=2)
-    (setup.task.output_path / "samples.json").write_text(text + "\n", encoding="utf-8")
-
-
-def load_result(setup: Setup, outputs: Sequence[str] | None = None) -> PreTrainedModel | PeftModel:
-    """Load the saved files as a user would."""
-    run, precision, device = setup.task.run, setup.precision, setup.hardware.device
-    if not setup.trains_adapter:
-        return load_model(setup.result_path, run, precision, weights=setup.result_dtype, device=device, outputs=outputs)
-    base = load_model(setup.task.model_path, run, precision, weights=precision.weights, device=device, outputs=outputs)
-    model = PeftModel.from_pretrained(base, setup.result_path)
-    if outputs is not None:
-        base.config.pad_token_id = setup.tokenizer.pad_token_id
-        match_head(setup, model)
-    if run.quantization is not None:
-        round_adapter(model)
-    return model
-
-
-def match_head(setup: Setup, model: nn.Module) -> None:
-    """Give the classification head beside an adapter the number format of the hidden states that it reads."""
-    for name, parameter in model.named_parameters():
-        if ".modules_to_save." in name:
-            parameter.data = parameter.data.to(setup.precision.weights)
-
-
-def round_adapter(model: PeftModel) -> None:
-    """Round an adapter on a quantized base to bfloat16, in which TRL trains them; peft loads them as float32."""
-    for name, parameter in model.named_parameters():
-        if "lora_" in name and "lora_magnitude_vector" not in name:
-            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def versions() -> dict[str, str]:

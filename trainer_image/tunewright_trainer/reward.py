@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from trl import RewardTrainer
 
-from tunewright_trainer import recipe, verify
+from tunewright_trainer import recipe, result, verify
 from tunewright_trainer.adapter import adapter_config
 from tunewright_trainer.arguments import reward_config
 from tunewright_trainer.callback import ProgressCallback, Report, TokenisingReport
@@ -65,5 +65,5 @@ def build_trainer(
         peft_config=adapter_config(model, run, str(setup.task.model_path), "SEQ_CLS"),
         callbacks=[ProgressCallback(report)],
     )
-    recipe.match_head(setup, trainer.model)
+    result.match_head(setup, trainer.model)
     return trainer

@@ -72,7 +72,7 @@ def _prompt(row: Row, input_ids: list[int], prompt_length: int, row_tokenizer: R
     return Prompt(beginning, rest, input_ids[:length])
 
 
-@torch.inference_mode()
+@torch.no_grad()  # a sharded model could not train with what it gathers its weights into in inference mode
 def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[str]:
     """Continue all prompts greedily in one batch."""
     longest = max(len(prompt.input_ids) for prompt in prompts)

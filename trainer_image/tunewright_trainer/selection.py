@@ -7,6 +7,7 @@ adapter is built anew, and the same few lines serve every method and objective.
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from tunewright_api.v1alpha1.parts import Metric
 from tunewright_trainer.callback import Report, further
 from tunewright_trainer.errors import DiskFull
 from tunewright_trainer.protocol import BestEvent, EarlyStopEvent
+from tunewright_trainer.sharding import is_sharded, let_go, local
 
 _KEYS: dict[Metric, str] = {"Loss": "eval_loss", "Accuracy": "eval_accuracy", "F1": "eval_f1"}
 
@@ -62,6 +64,8 @@ class Selection(TrainerCallback):
             DiskFull: The best weights would not fit.
         """
         needed = sum(weight.nbytes for weight in trained_weights(context["model"]).values())
+        if is_sharded(context["model"]):
+            needed *= int(os.environ["LOCAL_WORLD_SIZE"])
         free = shutil.disk_usage(self._folder).free
         if self._loads_best and free < needed:
             raise DiskFull(
@@ -100,19 +104,19 @@ class Selection(TrainerCallback):
             trainer.evaluate()
         assert self.best is not None, "the last step was evaluated"
         if self.best.step != trainer.state.global_step:
-            load(cast("nn.Module", trainer.model), self._path)
+            model = cast("nn.Module", trainer.model)
+            load(model, self._path(model, trainer.args))
         named = {name.removeprefix("eval_"): value for name, value in self.best.metrics.items()}
         loss = self.best.metrics["eval_loss"]
         self._report(BestEvent(step=self.best.step, loss=loss, metrics=further(named)))
 
     def _keep(self, model: nn.Module, args: TrainingArguments) -> None:
-        # All processes have the same weights; those of a pod share its disk.
-        if args.local_process_index == 0:
-            torch.save(trained_weights(model), self._path)
+        # All processes have the same weights, unless each has its own share of them; those of a pod share its disk.
+        if args.local_process_index == 0 or is_sharded(model):
+            torch.save(trained_weights(model), self._path(model, args))
 
-    @property
-    def _path(self) -> Path:
-        return self._folder / "best.pt"
+    def _path(self, model: nn.Module, args: TrainingArguments) -> Path:
+        return self._folder / f"best-{args.local_process_index if is_sharded(model) else 0}.pt"
 
     def _why(self, state: TrainerState) -> str:
         assert self._stopping is not None
@@ -132,8 +136,9 @@ def is_last_step_evaluated(trainer: Trainer) -> bool:
 
 
 def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the weights that training changes, by name; shared ones once."""
-    return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+    """Return the weights that training changes, by name; shared ones once, of sharded ones this process's share."""
+    let_go(model)
+    return {name: local(weight.detach()) for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 @torch.no_grad()

@@ -45,7 +45,8 @@ class Storage:
             local: Allow plain paths where URIs stand.
             pvc_root: pvc://claim/path is pvc_root/claim/path.
         """
-        self._settings = settings
+        self.settings = settings
+        """The S3 service."""
         self._stop = stop or Stop()
         self._local = local
         self._pvc_root = pvc_root
@@ -56,7 +57,7 @@ class Storage:
         # Imported on first use: boto3 costs half a second, which the worker's start must not wait for.
         from tunewright_trainer.s3 import S3
 
-        return S3(self._settings, self._stop)
+        return S3(self.settings, self._stop)
 
     @property
     def is_local(self) -> bool:

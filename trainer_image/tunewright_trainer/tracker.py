@@ -155,6 +155,7 @@ class Tracker:
                 "trainable_parameters": event.trainable_parameters,
                 "total_parameters": event.total_parameters,
                 "target_modules": modules,
+                "parallelism": event.parallelism,
             }
         )
         self._set(total_steps=event.total_steps)

@@ -45,7 +45,7 @@ def probe_ids(rows: Sequence[list[int]]) -> torch.Tensor:
     return torch.tensor([row[:length] for row in rows], dtype=torch.int64)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def record_probe(model: PreTrainedModel, ids_BT: torch.Tensor) -> Probe:
     """Run the model on the probe rows.
 

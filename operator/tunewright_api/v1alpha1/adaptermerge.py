@@ -18,7 +18,7 @@ QuantizedBase = Literal["Original", "Dequantized"]
 GgufType = Literal["F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M"]
 WITH_DENSITY = ("TIES", "DARE", "MagnitudePrune")
 DEFAULT_DENSITY = 0.5
-"""Share of the values kept by TIES, DARE and MagnitudePrune; peft's documentation uses it throughout."""
+"""Share of the values kept by TIES, DARE and MagnitudePrune: half of them, where nobody says otherwise."""
 DEFAULT_SEED = 42
 """Of DARE, which drops values at random: the same merge gives the same weights."""
 DEFAULT_MAX_SHARD_SIZE = "5GB"
@@ -81,9 +81,9 @@ class Combination(SpecModel):
     """How several LoRA adapters become one, by peft's own methods."""
 
     type: CombinationType = Field(
-        default="Linear",
-        description="Linear adds weighted matrices of one rank; Concatenate adds the weighted changes exactly, at the "
-        "sum of the ranks; SVD brings that sum to one rank; TIES (Yadav et al. 2023), DARE (Yu et al. 2023) and "
+        default="Concatenate",
+        description="Concatenate adds the weighted changes exactly, at the sum of the ranks; Linear adds weighted "
+        "matrices of one rank, which only comes near that; SVD brings that sum to one rank; TIES (Yadav et al. 2023), DARE (Yu et al. 2023) and "
         "MagnitudePrune drop a part of the values first.",
     )
     density: Annotated[float, Field(gt=0, le=1)] | None = Field(
@@ -195,7 +195,7 @@ class AdapterMergeSpec(SpecModel):
         min_length=1, max_length=16, description="The adapters; several are combined into one first."
     )
     combination: Combination | None = Field(
-        default=None, description="How several adapters become one. Default: Linear."
+        default=None, description="How several adapters become one. Default: Concatenate."
     )
     quantized_base: QuantizedBase = Field(
         default="Original",

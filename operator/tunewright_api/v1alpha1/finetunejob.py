@@ -17,6 +17,7 @@ from tunewright_api.v1alpha1.tracking import Tracking
 
 KIND = "FineTuneJob"
 PLURAL = "finetunejobs"
+Parallelism = Literal["Auto", "DDP", "FSDP"]
 MAX_NAME_LENGTH = 45
 """`<name>-preflight-99` plus a pod suffix of up to five characters must fit the 63 of a host name."""
 
@@ -73,6 +74,11 @@ class Resources(SpecModel):
     gpus: int = Field(
         default=1, ge=0, le=16, description="GPUs of each pod, one training process on each; 0 trains on the CPU."
     )
+    parallelism: Parallelism = Field(
+        default="DDP",
+        description="How several processes hold the model. DDP: each one all of it. FSDP: each one its share of the "
+        "weights, their gradients and optimizer states. Auto: FSDP where the model does not fit one GPU, else DDP.",
+    )
     gpu_resource: Annotated[str, Field(pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$", max_length=253)] = Field(
         default="nvidia.com/gpu", description="Name of the GPU resource on the nodes."
     )
@@ -83,6 +89,16 @@ class Resources(SpecModel):
     )
     shared_memory: Quantity | None = Field(
         default=None, description="Size of /dev/shm; counts as memory. Default: the platform's."
+    )
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "!has(self.parallelism) || self.parallelism != 'FSDP' || (has(self.gpus) && self.gpus > 1) || "
+            "(has(self.nodes) && self.nodes > 1)",
+            "resources.parallelism FSDP spreads a model over several processes: set resources.gpus or "
+            "resources.nodes to 2 or more, or remove it",
+            lambda r: r.parallelism != "FSDP" or r.nodes * r.processes > 1,
+        ),
     )
 
     @property

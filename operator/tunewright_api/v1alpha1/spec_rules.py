@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic.alias_generators import to_snake
@@ -14,6 +15,7 @@ from tunewright_api.v1alpha1.parts import (
     DEFAULT_GRADIENT_ACCUMULATION_STEPS,
     DEFAULT_MAX_SEQUENCE_LENGTH,
     DataFormat,
+    Optimizer,
 )
 
 if TYPE_CHECKING:
@@ -35,6 +37,13 @@ WITH_HEAD: tuple[ObjectiveType, ...] = ("Reward", "Classification")
 """Objectives whose models have a head on the last token; the others' write tokens."""
 COMPARED_WITH_START: tuple[ObjectiveType, ...] = ("DPO", "KTO", "GRPO", "PPO")
 """Objectives whose reference is the model without its adapter, or with the adapter that it goes on from."""
+FSDP_METHODS: tuple[MethodType, ...] = ("Full", "LoRA", "IA3")
+"""Methods that a model spread over processes is trained with: bitsandbytes' weights cannot be spread while they are
+loaded, and virtual tokens are put in before the first layer gathers its weights."""
+FSDP_OBJECTIVES: tuple[ObjectiveType, ...] = ("SFT", "DPO", "KTO", "Reward", "Classification")
+"""Objectives that such a model is trained for; the others' answers would gather all weights for each token."""
+FSDP_OPTIMIZERS: tuple[Optimizer, ...] = ("AdamW", "SGD")
+"""Optimizers whose update of a weight needs only the weight's own gradient, so a share is updated like the whole."""
 _DEFAULTS = {
     "batchSize": DEFAULT_BATCH_SIZE,
     "gradientAccumulationSteps": DEFAULT_GRADIENT_ACCUMULATION_STEPS,
@@ -157,6 +166,50 @@ _PPO_RULES = (
     ),
 )
 
+
+def _with_fsdp(cel: str, message: str, holds: Callable[[FineTuneJobSpec], bool]) -> Rule:
+    """What must hold where the model is spread over processes."""
+    return Rule(
+        f"!has(self.resources) || !has(self.resources.parallelism) || self.resources.parallelism != 'FSDP' || ({cel})",
+        f"resources.parallelism FSDP {message}",
+        lambda s: s.resources is None or s.resources.parallelism != "FSDP" or holds(s),
+    )
+
+
+_FSDP_RULES = (
+    _with_fsdp(
+        f"self.method.type in [{_listed(FSDP_METHODS)}]",
+        f"is for methods {', '.join(FSDP_METHODS)}: set it to DDP, or take one of these",
+        lambda s: s.method.type in FSDP_METHODS,
+    ),
+    _with_fsdp(
+        f"{_OBJECTIVE} in [{_listed(FSDP_OBJECTIVES)}]",
+        f"is for objectives {', '.join(FSDP_OBJECTIVES)}: set it to DDP",
+        lambda s: type_of(s.objective) in FSDP_OBJECTIVES,
+    ),
+    _with_fsdp(
+        "!has(self.method.lora) || (!has(self.method.lora.modulesToSave) && "
+        "(!has(self.method.lora.bias) || self.method.lora.bias == 'None'))",
+        "keeps all weights of the base frozen with LoRA: remove lora.modulesToSave and lora.bias, or set it to DDP",
+        lambda s: s.method.lora is None or (s.method.lora.modules_to_save is None and s.method.lora.bias == "None"),
+    ),
+    _with_fsdp(
+        "!has(self.model.dtype) || self.model.dtype != 'Float16'",
+        "does not go with model.dtype Float16, whose loss scaling would differ between processes: use BFloat16",
+        lambda s: s.model.dtype != "Float16",
+    ),
+    _with_fsdp(
+        "self.method.type != 'Full' || !has(self.hyperparameters) || !has(self.hyperparameters.optimizer) || "
+        f"self.hyperparameters.optimizer in [{_listed(FSDP_OPTIMIZERS)}]",
+        f"trains all weights with hyperparameters.optimizer {' or '.join(FSDP_OPTIMIZERS)}",
+        lambda s: (
+            s.method.type != "Full"
+            or s.hyperparameters is None
+            or s.hyperparameters.optimizer in (None, *FSDP_OPTIMIZERS)
+        ),
+    ),
+)
+
 SPEC_RULES: tuple[Rule, ...] = (
     Rule(
         "!has(self.evaluation) || has(self.dataset.validation) || has(self.dataset.validationFraction) || "
@@ -204,6 +257,7 @@ SPEC_RULES: tuple[Rule, ...] = (
     *_PPO_RULES,
     _whole_parts("PPO", "miniBatches", 1, "splits its rollouts into equal parts"),
     _answer_fits("PPO"),
+    *_FSDP_RULES,
     Rule(
         f"{_OBJECTIVE} == 'SFT' || self.method.type in ['Full', 'LoRA', 'QLoRA']",
         "PrefixTuning, PromptTuning and IA3 are only for objective SFT: use LoRA, QLoRA or Full",

@@ -60,6 +60,9 @@ class Plan(StatusModel):
     trainable_parameters: int | None = None
     total_parameters: int | None = None
     target_modules: list[str] | None = None
+    parallelism: str | None = Field(
+        default=None, description="DDP or FSDP, and why; not there for a run in one process."
+    )
     continued_from: str | None = Field(default=None, description="The adapter that training went on from.")
 
 

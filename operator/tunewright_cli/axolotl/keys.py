@@ -34,8 +34,8 @@ _TRACKING = "numbers go to TensorBoard files, MLflow or W&B: see tracking"
 _RUN_NAME = "runs are named after the FineTuneJob"
 _NO_PREDICTIONS = "no predictions are written"
 _PARALLEL = (
-    "set resources.gpus (of each pod) and resources.nodes (pods): each GPU holds the whole model, and the global batch "
-    "counts them as in Axolotl"
+    "set resources.gpus (of each pod), resources.nodes (pods), and resources.parallelism FSDP for a model that does "
+    "not fit one GPU; the global batch counts processes as in Axolotl"
 )
 _CHECKPOINTS = "only the final result is published"
 _RATES = "all weights have one learning rate"

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from tunewright_api.v1alpha1.adaptermerge import CombinationType
 from tunewright_trainer.errors import InvalidAdapter, InvalidConfiguration
 from tunewright_trainer.merge.combination import (
     Combination,
-    CombinationType,
     check_combination,
     highest_rank,
     rank_and_scale,

@@ -32,3 +32,9 @@ def test_everything_of_the_supervisor_imports_without_torch() -> None:
 def test_nothing_slow_comes_before_the_worker() -> None:
     """What is imported before the worker starts leaves S3, hub, parquet and HTTP for later."""
     imports(HEAVY + LATER, "tunewright_trainer.__main__")
+
+
+def test_adapters_are_judged_without_torch() -> None:
+    """What cannot be combined or served is told before any process is started for it."""
+    names = ("child", "combination", "vllm")
+    imports(HEAVY + LATER, ", ".join(f"tunewright_trainer.merge.{name}" for name in names))

@@ -17,7 +17,7 @@ from tunewright_trainer.merge.readers import FolderReader, Reader
 from tunewright_trainer.start_adapter import CONFIG, WEIGHTS
 
 _PICKLE = "adapter_model.bin"
-_CHECK_BYTES = 16 * 1024 * 1024
+_PIECE_BYTES = 16 * 1024 * 1024
 _MERGED = ("LORA", "IA3", "TRAINABLE_TOKENS")
 _ADVICE = {
     "PREFIX_TUNING": "it adds keys and values to the input and changes no weight: use base and adapter together",
@@ -92,6 +92,19 @@ def _load(adapter: Adapter, name: str) -> Float32:
     return to_float32(read_tensor(adapter.reader, tensor), tensor.dtype)
 
 
+def equal_tensors(adapter: Adapter, one: str, other: str) -> bool:
+    """Tell whether two tensors of an adapter have the same bytes."""
+    first, second = adapter.tensors[one], adapter.tensors[other]
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    pieces = range(0, first.length, _PIECE_BYTES)
+    return all(
+        adapter.reader.read(first.file, first.start + n, min(_PIECE_BYTES, first.length - n))
+        == adapter.reader.read(second.file, second.start + n, min(_PIECE_BYTES, first.length - n))
+        for n in pieces
+    )
+
+
 def load_adapter(folder: Path, uri: str | None = None) -> Adapter:
     """Read a saved adapter and check what can be told without its base.
 
@@ -139,7 +152,7 @@ def check_kind(adapter: Adapter) -> None:
     if not isinstance(start, bool) and start not in _HARMLESS_INITS:
         raise InvalidAdapter(
             f"{place}: init_lora_weights is {start!r}: such an adapter belongs to a base whose weights were changed "
-            "when it was made. Convert it to plain LoRA with save_pretrained(path_initial_model_for_weight_conversion=...)"
+            "when it was made. Convert it: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
     ranks = {"r": config.get("r", 8), **{f"rank_pattern {k}": v for k, v in (config.get("rank_pattern") or {}).items()}}
     for field, rank in ranks.items():
@@ -158,7 +171,7 @@ def _check_tensors(adapter: Adapter) -> None:
                 f"{adapter.uri}: tensor {tensor.name} is empty (shape {list(tensor.shape)}): rank 0, or saved without "
                 "gathering its parts (DeepSpeed ZeRO-3, FSDP)"
             )
-        step = _CHECK_BYTES // ITEM_BYTES[tensor.dtype] * ITEM_BYTES[tensor.dtype]
+        step = _PIECE_BYTES // ITEM_BYTES[tensor.dtype] * ITEM_BYTES[tensor.dtype]
         for start in range(0, tensor.length, step):
             data = adapter.reader.read(tensor.file, tensor.start + start, min(step, tensor.length - start))
             if not all_finite(from_bytes(data, tensor.dtype), tensor.dtype):

@@ -21,9 +21,9 @@ from tunewright_trainer.errors import InvalidAdapter, InvalidModel, Stalled, Tra
 from tunewright_trainer.inputs import ModelInput
 from tunewright_trainer.merge import documents
 from tunewright_trainer.merge.adapter import load_adapter
+from tunewright_trainer.merge.base_input import check_together, fetch_base, find_base
 from tunewright_trainer.merge.combination import (
     AdapterFolder,
-    Combination,
     CombineTask,
     check_combination,
     run_combination,
@@ -32,10 +32,9 @@ from tunewright_trainer.merge.gate import short
 from tunewright_trainer.merge.inputs import (
     AdapterInput,
     TrainedOn,
-    check_together,
+    combination_of,
     fetch_adapter,
     find_adapters,
-    find_base,
     outputs_of,
     quantization_of,
 )
@@ -147,7 +146,9 @@ class _Merge:
         )
         check_together(adapters)
         if len(adapters) > 1:
-            check_combination([(adapter.name, adapter.config) for adapter in adapters], self._combination(adapters))
+            check_combination(
+                [(adapter.name, adapter.config) for adapter in adapters], combination_of(self.run, adapters)
+            )
         for adapter in adapters:
             self.log.say(f"{adapter.field}: {adapter.place} at {adapter.version}")
         if self.run.adapter_only:
@@ -158,17 +159,6 @@ class _Merge:
             self.log.say(note)
             self.notes.append(note.removeprefix("warning: "))
         return adapters, found.model
-
-    def _combination(self, adapters: list[AdapterInput]) -> Combination:
-        given = self.run.combination
-        assert given is not None, "the document has the defaults of several adapters"
-        return Combination(
-            type=given.type,
-            weights=[adapter.weight for adapter in adapters],
-            density=given.density,
-            svd_rank=given.svd_rank,
-            seed=given.seed or 0,
-        )
 
     def _check_gguf(self, base: ModelInput | None) -> Tools | None:
         """Find llama.cpp's tools, and ask whether they know the model: before anything large is fetched."""
@@ -241,7 +231,7 @@ class _Merge:
         """Return the one adapter to go on with, and what to call it."""
         if len(adapters) == 1:
             return adapters[0].name, folders[0]
-        combination, target = self._combination(adapters), self.settings.work / ADAPTER_FOLDER
+        combination, target = combination_of(self.run, adapters), self.settings.work / ADAPTER_FOLDER
         self.tracker.enter("Combining", f"{len(adapters)} adapters by {combination.type}")
         task = CombineTask(
             adapters=[AdapterFolder(uri=a.name, path=f) for a, f in zip(adapters, folders, strict=True)],
@@ -257,18 +247,13 @@ class _Merge:
         return "the combined adapter", target
 
     def _fetch_base(self, base: ModelInput) -> Location:
-        """Bring a base from the hub to this machine; one in storage is read where it lies."""
-        if base.hub is None:
-            return Location(uri=base.uri, files=base.files)
-        from tunewright_trainer import hub
-
-        folder = self.settings.work / BASE_FOLDER
-        check_disk(self.settings.work, base.size_bytes, f"the base model {base.uri}")
-        self.tracker.enter("Fetching", f"{base.size_bytes / 1e6:.1f} MB of {base.uri}", base.size_bytes)
-        names = [file.name for file in base.files]
-        advance = partial(self.tracker.advance, "Fetching")
-        self.together(partial(hub.download, base.hub, names, folder, self.run.hub, self.stop, advance))
-        return Location(uri=base.uri, path=folder)
+        if base.hub is not None:
+            check_disk(self.settings.work, base.size_bytes, f"the base model {base.uri}")
+            self.tracker.enter("Fetching", f"{base.size_bytes / 1e6:.1f} MB of {base.uri}", base.size_bytes)
+        folder, advance = self.settings.work / BASE_FOLDER, partial(self.tracker.advance, "Fetching")
+        (location,) = self.together(partial(fetch_base, base, self.run.hub, folder, self.stop, advance))
+        found: Location = location
+        return found
 
     def _publish_model(self, adapters: list[AdapterInput], base: ModelInput, product: Product) -> RunReport:
         pinned = product.plan.model_copy(

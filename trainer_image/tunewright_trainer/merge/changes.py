@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tunewright_trainer.errors import InvalidAdapter
-from tunewright_trainer.merge.adapter import Adapter
+from tunewright_trainer.merge.adapter import Adapter, equal_tensors
 from tunewright_trainer.merge.edits import (
     AddVector,
     Edit,
@@ -20,7 +20,7 @@ from tunewright_trainer.merge.edits import (
     Rows,
     Scale,
 )
-from tunewright_trainer.merge.names import Names, parse_key
+from tunewright_trainer.merge.names import UNTRAINED, Names, parse_key
 from tunewright_trainer.merge.sources import Source, Stored
 
 HEADS = (
@@ -31,8 +31,8 @@ HEADS = (
 )
 """Parameters that many models share with their input embedding, so that files have no tensor for them."""
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared")
-_RESIZED = (*_EMBEDDINGS, "lm_head", "decoder", "embed_out")
-"""Modules whose first dimension is the vocabulary."""
+_RESIZED = (*_EMBEDDINGS, "lm_head", "decoder", "embed_out", "score", "classifier", "out_proj")
+"""Modules whose first dimension is a vocabulary or the outputs of a classifier, which may be others than the base's."""
 _CONV1D_FAMILIES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D_LAYERS = ("c_attn", "c_proj", "c_fc", "q_attn")
 """Layers of these model types that keep the inputs as rows of their weight."""
@@ -112,6 +112,8 @@ class Changes:
             key = parse_key(name)
             if key is None:
                 raise InvalidAdapter(f"{adapter.uri}: tensor {name} has no name that peft gives")
+            if key.part == UNTRAINED:
+                continue
             if key.part:
                 groups.setdefault((key.module, key.depth), {})[key.part] = name
             else:
@@ -124,10 +126,12 @@ class Changes:
         change = self._change(path, name, may_be_new=self._is_kept(path))
         if change.base is not None and change.base.shape != tensor.shape:
             same_inputs = change.base.shape[1:] == tensor.shape[1:] and len(change.base.shape) == len(tensor.shape)
-            if not same_inputs or not (self._is_kept(path) or _last(path.rpartition(".")[0]) in _RESIZED):
+            if not same_inputs or _last(path.rpartition(".")[0]) not in _RESIZED:
                 raise self._misfit(name, path, change.base.shape)
+        other = change.tensors.setdefault("whole", name)
+        if other != name and not equal_tensors(self._adapter, name, other):
+            raise InvalidAdapter(f"{self._adapter.uri}: {name} and {other} are two versions of {path}")
         change.replacement = Stored(self._adapter.reader, tensor)
-        change.tensors["whole"] = name
 
     def _is_kept(self, path: str) -> bool:
         """Tell whether a parameter belongs to a module that was trained as a whole."""

@@ -2,26 +2,8 @@
 
 What peft itself combines and how it does so is the measure; what it would drop without a word (heads, biases, DoRA's
 magnitudes) is refused here by name, from the adapters' configurations alone.
-"""
 
-from __future__ import annotations
-
-import math
-import re
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field
-from pydantic.alias_generators import to_camel
-
-from tunewright_trainer.errors import InvalidAdapter, InvalidConfiguration
-from tunewright_trainer.merge.child import Step, run_child
-from tunewright_trainer.run_log import RunLog
-from tunewright_trainer.transfer import Stop
-
-CombinationType = Literal["Linear", "Concatenate", "SVD", "TIES", "DARE", "MagnitudePrune"]
-"""How the factors A and B of each layer's change B A, scaled, become one pair.
+A combination makes one pair of factors A and B of each layer's pairs; what the pair changes is B A, scaled:
 
 Linear           weighted sums of the A and of the B: cheap, but products of one adapter's A with another's B come in
 Concatenate      all A and all B side by side: exactly the weighted sum of the changes; the rank is the sum of the ranks
@@ -30,11 +12,25 @@ TIES             Linear over the largest `density` of each factor's values, less
 DARE             Linear over a random `density` of each factor's values, the others' share made up for
 MagnitudePrune   Linear over the largest `density` of each factor's values
 """
-WITH_DENSITY: tuple[CombinationType, ...] = ("TIES", "DARE", "MagnitudePrune")
-OF_EQUAL_RANKS: tuple[CombinationType, ...] = ("Linear", *WITH_DENSITY)
-DEFAULT_DENSITY = 0.5
-"""The papers keep less of a whole model's change. Factors are pruned one by one, so that of their product much more is
-lost: half of both leaves a quarter of the terms."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.alias_generators import to_camel
+
+from tunewright_api.v1alpha1.adaptermerge import DEFAULT_DENSITY, WITH_DENSITY, CombinationType
+from tunewright_trainer.errors import InvalidAdapter, InvalidConfiguration
+from tunewright_trainer.merge.child import Step, run_child
+from tunewright_trainer.run_log import RunLog
+from tunewright_trainer.transfer import Stop
+
+OF_EQUAL_RANKS = ("Linear", *WITH_DENSITY)
 PEFT_DEFAULT_RANK = 8
 PEFT_DEFAULT_ALPHA = 8
 """Of a configuration that does not name them."""

@@ -15,6 +15,7 @@ from tunewright_trainer.merge.numbers import (
     ITEM_BYTES,
     Float32,
     all_finite,
+    fits,
     from_bytes,
     from_float32,
     squares,
@@ -153,19 +154,14 @@ def _write(tensor: MergedTensor, dtype: str, take: Take, write: Write, outcome: 
                 old = _decode(tensor.base, grid, base_data, first, start, end)
             for edit in tensor.edits:
                 new = edit.apply(new, start)
-            result = from_float32(new, dtype)
-            if not all_finite(result, dtype):
+            if not fits(new, dtype):
                 raise _not_finite(tensor, "too large for its number format, or those of the base are not")
-            if tensor.kind != "Copied":
-                _compare(outcome, old, new, dtype)
+            result = from_float32(new, dtype)
+            if tensor.kind == "Delta" or base_data is not None:
+                outcome.changed = outcome.changed or not np.array_equal(result, from_float32(old, dtype))
+                outcome.base_squares += squares(old)
+                outcome.delta_squares += squares(np.subtract(new, old, out=old))
             write(memoryview(result.reshape(-1)).cast("B"))
-
-
-def _compare(outcome: Outcome, old: Float32, new: Float32, dtype: str) -> None:
-    if not outcome.changed:
-        outcome.changed = not np.array_equal(from_float32(old, dtype), from_float32(new, dtype))
-    outcome.base_squares += squares(old)
-    outcome.delta_squares += squares(new - old)
 
 
 def _request(source: Source, grid: Grid, first: int, last: int) -> Request:

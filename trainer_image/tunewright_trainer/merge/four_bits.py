@@ -36,12 +36,19 @@ def dynamic_code() -> Float32:
     """Return the 256 numbers that scales are quantized to: finer near 0."""
     numbers = [np.float32(0), np.float32(1)]
     for exponent in range(7):
-        step = np.float32(np.float32(0.9) / np.float32(2**exponent))
-        ends = (np.arange(2**exponent + 1, dtype=np.float32) * step + np.float32(0.1)).astype(np.float32)
+        ends = _evenly_spaced(np.float32(0.1), np.float32(1), 2**exponent + 1)
         means = (ends[:-1] + ends[1:]) / np.float32(2)
         scaled = np.float32(10.0 ** (exponent - 6)) * means
         numbers += [*scaled, *-scaled]
     return np.sort(np.array(numbers, np.float32))
+
+
+def _evenly_spaced(first: np.float32, last: np.float32, count: int) -> Float32:
+    """Return what torch.linspace does, to the last bit: it goes up from one end and down from the other."""
+    step = np.float64(np.float32(last - first) / np.float32(count - 1))
+    place = np.arange(count)
+    up, down = np.float64(first) + step * place, np.float64(last) - step * (count - 1 - place)
+    return np.where(place < count // 2, up, down).astype(np.float32)
 
 
 def block_scales(values: Float32, block: int = BLOCK) -> Float32:

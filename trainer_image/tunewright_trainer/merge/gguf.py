@@ -39,6 +39,7 @@ SPARE_BYTES = 32 * 1024 * 1024
 """Room for the logits of the check and for headers."""
 ALMOST_FULL_BYTES = 1024 * 1024
 MAX_THREADS = 16
+MAX_LOG_LINES = 50
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 _FALLBACK = re.compile(r"\(required for type +(\w+)\).*-> falling back to +(\w+)")
 _SIDE_FILES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".safetensors")
@@ -105,7 +106,7 @@ def export(
         tools: From `find_tools`.
         stop: Ends the export when it is requested.
         environment: Of the processes, less credentials.
-        log: Told what the processes say, line by line.
+        log: Told what is worth knowing of every file, and the end of what a process said that failed, line by line.
         progress: Told the bytes written.
         uri: The model's address, for messages; the folder by default.
 
@@ -204,7 +205,10 @@ class _Export:
             header = self._checked_header(path, file_type, template, base_header)
             _, logits_TV = evaluate(path, self.tools, _threads(), self._run)
             made[file_type] = _described(path, file_type, header, fallbacks, compare(reference_TV, logits_TV))
-        return [made[file_type] for file_type in types]
+        files = [made[file_type] for file_type in types]
+        for file in files:
+            self.log(file.note())
+        return files
 
     def _convert(self, model: Path, base: str, path: Path, size: int) -> None:
         command = converter_command(self.tools, model, self.name, base, path)
@@ -242,9 +246,9 @@ class _Export:
 
     def _run(self, command: list[str], watch: Callable[[], None] = lambda: None) -> Finished:
         finished = run_tool(command, self.scratch, environment=self.environment, stop=self.stop, watch=watch)
-        for line in finished.log.splitlines():
-            self.log(line)
         if finished.code != 0:
+            for line in finished.log.splitlines()[-MAX_LOG_LINES:]:
+                self.log(line)
             self._check_resources(finished)
         return finished
 

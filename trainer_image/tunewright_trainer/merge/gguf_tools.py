@@ -182,7 +182,9 @@ def run_tool(
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    return Finished(process.returncode, output.read_text(), log.read_text(errors="replace"))
+    # A progress bar overwrites its line with carriage returns; only its last state is worth keeping.
+    lines = [line.rpartition("\r")[2] for line in log.read_bytes().decode(errors="replace").split("\n")]
+    return Finished(process.returncode, output.read_text(), "\n".join(lines))
 
 
 def converter_command(tools: Tools, model: Path, name: str, file_type: str, target: Path) -> list[str]:

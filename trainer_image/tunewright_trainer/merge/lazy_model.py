@@ -17,7 +17,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import init_empty_weights
 from accelerate.hooks import ModelHook, add_hook_to_module, attach_align_device_hook
@@ -40,6 +39,8 @@ TORCH_DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 """By the names that safetensors files have for them."""
+_READ_BYTES = 1 << 24
+"""Of a tensor at once: bytes and their float32 are there together for so many only."""
 _WRAPPERS = {"base_layer", "original_module", "token_adapter", "modules_to_save"}
 """Names of modules that peft puts between a model's own modules."""
 
@@ -74,14 +75,11 @@ class LazyWeights:
             for one, other in ((target, source), (source, target)):
                 if one not in self._found and other in self._found:
                     self._found[one] = self._found[other]
+        buffers = dict(model.named_buffers())
+        self.lacking = [name for name in self._state if name not in self._found and name not in buffers]
+        """Names of the parameters that nothing in the files makes."""
         self.transforms: dict[str, Transform] = {}
         """By the parameters that they are for."""
-
-    @property
-    def lacking(self) -> list[str]:
-        """Names of the parameters that nothing in the files makes."""
-        buffers = dict(self._model.named_buffers())
-        return [name for name in self._state if name not in self._found and name not in buffers]
 
     def __contains__(self, name: str) -> bool:
         """Tell whether the files have what makes this parameter."""
@@ -143,10 +141,16 @@ class LazyWeights:
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
     def _read(self, name: str) -> torch.Tensor:
-        is_float = TORCH_DTYPES[self._checkpoint.tensors[name].dtype].is_floating_point
-        array = self._checkpoint.read_float32(name) if is_float else self._checkpoint.read(name)
-        # torch wants memory that may be written to; bytes as they were read may not.
-        return torch.from_numpy(np.require(array, requirements="W"))
+        found = self._checkpoint.tensors[name]
+        if not TORCH_DTYPES[found.dtype].is_floating_point or not found.shape or not found.length:
+            # A copy: bytes as they were read may not be written to.
+            return torch.tensor(self._checkpoint.read(name))
+        whole = torch.empty(found.shape)
+        rows = max(1, _READ_BYTES * found.shape[0] // found.length)
+        for first in range(0, found.shape[0], rows):
+            part = slice(first, min(first + rows, found.shape[0]))
+            whole[part] = torch.from_numpy(self._checkpoint.read_float32(name, part))
+        return whole
 
     def _empty(self, name: str) -> torch.Tensor:
         tensor = self._checkpoint.tensors[name]
@@ -216,6 +220,8 @@ def with_adapter(model: PreTrainedModel, folder: Path) -> tuple[PeftModel, dict[
     tensors: dict[str, torch.Tensor] = {}
     try:
         with warnings.catch_warnings():
+            # What peft says of merging into tied weights is true of its own way to do it.
+            warnings.simplefilter("ignore", UserWarning)
             # peft draws weights that the file lacks at random: then the file is another model's.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             adapted = PeftModel.from_pretrained(model, folder, low_cpu_mem_usage=True, torch_device="cpu")

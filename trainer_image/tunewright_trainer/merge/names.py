@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+UNTRAINED = "original_module"
 _PREFIX = "base_model.model."
 _PARTS = (
     "lora_A.weight",
@@ -24,6 +25,8 @@ _RENAMES = (
     (r"\.mlp\.(gate|experts)\b", r".block_sparse_moe.\1"),
     (r"LayerNorm\.weight$", "LayerNorm.gamma"),
     (r"LayerNorm\.bias$", "LayerNorm.beta"),
+    # The head's bias is another name of its parent's.
+    (r"\.decoder\.bias$", ".bias"),
     (r"block_sparse_moe\.router\.weight$", "block_sparse_moe.router.layer.weight"),
     (r"block_sparse_moe\.experts\.gate_up_proj$", "block_sparse_moe.input_linear.weight"),
     (r"block_sparse_moe\.experts\.down_proj$", "block_sparse_moe.output_linear.weight"),
@@ -49,7 +52,7 @@ class Key:
     module: str
     """Module of the loaded model; for whole tensors, module and parameter."""
     part: str
-    """What it is of the adapter's; "" for a whole tensor of the model."""
+    """What it is of the adapter's; "" for a whole tensor of the model, UNTRAINED for one that another one replaces."""
     depth: int
     """Number of adapted parameters of the same module that were wrapped before this one."""
 
@@ -66,7 +69,9 @@ def parse_key(name: str) -> Key | None:
             while module.endswith(".base_layer"):
                 module, depth = module.removesuffix(".base_layer"), depth + 1
             return Key(module, part.removesuffix(".weight").removeprefix("token_adapter."), depth)
-    return Key(re.sub(r"(\.token_adapter)?\.base_layer\.(weight|bias)$", r".\2", path), "", 0)
+    if re.search(r"\.original_module\.(weight|bias)$", path):
+        return Key(path, UNTRAINED, 0)
+    return Key(re.sub(r"(\.token_adapter)?\.(base_layer|modules_to_save)\.(weight|bias)$", r".\3", path), "", 0)
 
 
 class Names:

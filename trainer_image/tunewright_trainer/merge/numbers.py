@@ -40,8 +40,10 @@ _NUMPY: dict[str, Any] = {
     "F8_E4M3": np.uint8,
     "F8_E5M2": np.uint8,
 }
-_SIGN_OFF = {"BF16": 0x7FFF, "F16": 0x7FFF, "F32": 0x7FFFFFFF, "F64": 0x7FFFFFFFFFFFFFFF}
+_OVERFLOW = {"BF16": 0x7F7F8000, "F16": 0x477FF000, "F32": 0x7F800000, "F64": 0x7F800000}
+"""The first float32, by its bits, that is rounded to infinity; those of NaN and infinity itself are greater still."""
 _INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000, "F64": 0x7FF0000000000000}
+_SIGNED: dict[int, Any] = {2: np.int16, 4: np.int32, 8: np.int64}
 _UNSIGNED: dict[int, Any] = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -60,35 +62,38 @@ def to_float32(values: NDArray[Any], dtype: str) -> Float32:
 def from_float32(values: Float32, dtype: str) -> NDArray[Any]:
     """Round float32 to a format, to nearest and to even where two are as near; bfloat16 as uint16.
 
-    Numbers beyond the format's range become infinite, NaN stays NaN.
+    The numbers must fit (see `fits`): what becomes of others is not said.
     """
     if dtype == "BF16":
-        return _to_bfloat16(values)
-    if dtype == "F32":
-        return values
-    with np.errstate(over="ignore"):
-        return values.astype(_NUMPY[dtype])
+        # Half of the last kept digit is added, one less where that digit is even, so that a tie goes to even.
+        bits = values.view(np.uint32)
+        rounded = np.right_shift(bits, 16)
+        rounded &= 1
+        rounded += 0x7FFF
+        rounded += bits
+        return rounded.view(np.uint16)[..., 1::2].copy()
+    return values if dtype == "F32" else values.astype(_NUMPY[dtype])
 
 
-def _to_bfloat16(values: Float32) -> NDArray[np.uint16]:
-    bits = values.view(np.uint32)
-    # Half of the last kept digit is added, one less where that digit is even, so that a tie goes to even.
-    rounded = np.right_shift(bits, 16)
-    rounded &= 1
-    rounded += 0x7FFF
-    rounded += bits
-    rounded >>= 16
-    result = rounded.astype(np.uint16)
-    # The sum of squares is NaN when one of them is: one pass at the speed of memory.
-    if np.isnan(np.dot(values.reshape(-1), values.reshape(-1))):
-        result[np.isnan(values)] = 0x7FC0
-    return result
+def fits(values: Float32, dtype: str) -> bool:
+    """Tell whether float32 numbers are finite, and stay so when they are rounded to a format."""
+    return _below(values, _OVERFLOW[dtype])
 
 
 def all_finite(values: NDArray[Any], dtype: str) -> bool:
     """Tell whether numbers of a format (as `from_bytes` gives them) are neither NaN nor infinite."""
-    bits = values.view(_UNSIGNED[FLOATS[dtype]])
-    return not bits.size or int(np.bitwise_and(bits, _SIGN_OFF[dtype]).max()) < _INFINITY[dtype]
+    return _below(values, _INFINITY[dtype])
+
+
+def _below(values: NDArray[Any], bound: int) -> bool:
+    """Compare magnitudes by their bits with those of a positive number: two passes at the speed of memory."""
+    if not values.size:
+        return True
+    size = values.dtype.itemsize
+    # Among signed integers every positive float is above the negative ones, among unsigned ones it is below.
+    sign = 1 << (8 * size - 1)
+    positive = int(values.view(_SIGNED[size]).max()) < bound
+    return positive and int(values.view(_UNSIGNED[size]).max()) < bound + sign
 
 
 def squares(values: Float32) -> float:

@@ -9,14 +9,13 @@ from typing import Any, Literal
 import numpy as np
 
 from tunewright_trainer.errors import InvalidAdapter
-from tunewright_trainer.merge.adapter import Adapter
+from tunewright_trainer.merge.adapter import Adapter, equal_tensors
 from tunewright_trainer.merge.changes import HEADS, BaseQuantization, Change, Changes
 from tunewright_trainer.merge.checkpoint import Checkpoint
 from tunewright_trainer.merge.edits import Edit, Rows
 from tunewright_trainer.merge.numbers import FLOATS, ITEM_BYTES
 from tunewright_trainer.merge.sources import Source, sources_of
 
-_COMPARED_BYTES = 8 * 1024 * 1024
 _WITHOUT_TOKENS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 """Tasks whose models have no output head over the vocabulary."""
 _TOKEN_HEADS = ("lm_head", "cls", "embed_out", "vocab_transform", "vocab_layer_norm", "vocab_projector", "predictions")
@@ -144,7 +143,7 @@ def _alike(adapter: Adapter, embedding: dict[str, str], head: dict[str, str]) ->
     """Tell whether the adapter's tensors for the embedding and for the head do the same."""
     for part in ("whole", "rows"):
         pair = embedding.get(part), head.get(part)
-        if pair != (None, None) and (None in pair or not _equal(adapter, str(pair[0]), str(pair[1]))):
+        if pair != (None, None) and (None in pair or not equal_tensors(adapter, str(pair[0]), str(pair[1]))):
             return False
     a, b = embedding.get("lora_embedding_A"), embedding.get("lora_embedding_B")
     if a is None or b is None or "lora_A" not in head:
@@ -152,18 +151,6 @@ def _alike(adapter: Adapter, embedding: dict[str, str], head: dict[str, str]) ->
     return bool(
         np.array_equal(adapter.load(head["lora_B"]), adapter.load(a).T)
         and np.array_equal(adapter.load(head["lora_A"]), adapter.load(b).T)
-    )
-
-
-def _equal(adapter: Adapter, one: str, other: str) -> bool:
-    first, second = adapter.tensors[one], adapter.tensors[other]
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
-        return False
-    pieces = range(0, first.length, _COMPARED_BYTES)
-    return all(
-        adapter.reader.read(first.file, first.start + n, min(_COMPARED_BYTES, first.length - n))
-        == adapter.reader.read(second.file, second.start + n, min(_COMPARED_BYTES, first.length - n))
-        for n in pieces
     )
 
 
@@ -197,7 +184,7 @@ def _check_vocabulary(
         if name in tensors and tensors[name].source.shape[0] != rows:
             raise InvalidAdapter(
                 f"{adapter.uri}: the embedding has {rows} tokens, the output head {name} has "
-                f"{tensors[name].source.shape[0]}: save the adapter with save_embedding_layers=True to have both"
+                f"{tensors[name].source.shape[0]}: train the adapter with both in modules_to_save"
             )
     if old is not None and old.shape[0] != rows:
         config["vocab_size"] = rows

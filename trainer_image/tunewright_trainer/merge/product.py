@@ -3,6 +3,7 @@ without making anything of it valid."""
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -130,17 +131,23 @@ class Producer:
         attempt, order = self._attempt, self._order
         total = merged_bytes(base, order.dtype)
         attempt.tracker.enter("Merging", f"{total / 1e6:.1f} MB to {self._folder}", total)
-        findings = merge(
-            base,
-            adapter,
-            _Told(StorageSink(self._storage, self._folder), attempt),
-            dtype=order.dtype,
-            max_shard_bytes=order.max_shard_bytes,
-            dequantized=order.dequantized,
-            outputs=order.outputs,
-            advance=partial(attempt.tracker.advance, "Merging"),
-            stop=attempt.stop,
-        )
+        try:
+            findings = merge(
+                base,
+                adapter,
+                _Told(StorageSink(self._storage, self._folder), attempt),
+                dtype=order.dtype,
+                max_shard_bytes=order.max_shard_bytes,
+                dequantized=order.dequantized,
+                outputs=order.outputs,
+                advance=partial(attempt.tracker.advance, "Merging"),
+                stop=attempt.stop,
+            )
+        except OSError as error:
+            # Nothing is written but the merged files.
+            if error.errno != errno.ENOSPC:
+                raise
+            raise DiskFull(f"no space left at {attempt.run.output_uri}: free some, or write elsewhere") from None
         attempt.log.say(
             f"merged: {len(findings.changes)} tensors changed, {findings.copied_tensors} copied, "
             f"{findings.converted_tensors} converted, {findings.adapter_tensors} tensors of the adapter used"

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
 
+from threadpoolctl import threadpool_limits
+
 from tunewright_trainer.merge.adapter import Adapter
 from tunewright_trainer.merge.changes import BaseQuantization
 from tunewright_trainer.merge.checkpoint import Checkpoint
@@ -104,7 +106,10 @@ def merge(
     files = side_files(base, adapter, plan, target, outputs)
     index = index_of(shards)
     small = [*files.items(), *([index] if index is not None else [])]
-    outcomes, written = _write_shards(shards, sink, advance, stop or Stop())
+    # The products are narrow: threads would wait for each other, and for the other processes of the machine, most of
+    # the time.
+    with threadpool_limits(1, "blas"):
+        outcomes, written = _write_shards(shards, sink, advance, stop or Stop())
     written += [_write_small(sink, name, data) for name, data in small]
     return _findings(plan, shards, adapter, outcomes, written)
 

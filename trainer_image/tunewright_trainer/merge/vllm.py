@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tunewright_api.v1alpha1.adaptermerge import DEFAULT_MAX_LORA_RANK
 from tunewright_trainer import model_files
 from tunewright_trainer.errors import InvalidAdapter, InvalidConfiguration, InvalidModel
 from tunewright_trainer.merge.combination import changes_base, highest_rank, lowest_rank, rank_and_scale
 
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank can be."""
-DEFAULT_MAX_LORA_RANK = 16
-"""vLLM's own default."""
 _LORA_TENSOR = re.compile(r"(base_model\.model\.)?(?P<layer>.+)\.(lora_[AB]\.weight|lora_embedding_[AB])")
 _IGNORED_TENSORS = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
 """Base weights that peft saves beside the factors of embeddings; vLLM passes over them."""
@@ -133,8 +132,7 @@ def _scale_problems(config: Mapping[str, Any], tensors: Iterable[str]) -> list[s
         return []
     return [
         f"rank_pattern or alpha_pattern give {len(others)} of {len(layers)} layers another scale than {own:g}, which "
-        f"most versions of vLLM apply to all of them without a word: {_MERGE}, or combine the adapter alone (type "
-        "Linear), which puts the scales into its factors"
+        f"most versions of vLLM apply to all of them without a word: {_MERGE}"
     ]
 
 
