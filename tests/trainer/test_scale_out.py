@@ -68,6 +68,13 @@ CASES: dict[str, dict[str, Any]] = {
         "objective": {"type": "DPO"},
         "method": LORA,
     },
+    "reference": {
+        "rows": PAIRS,
+        "row_format": "Preference",
+        "objective": {"type": "DPO"},
+        "method": {"type": "Full"},
+        "hyperparameters": {"learningRate": 0.0002},
+    },
     "kto": {"rows": JUDGED, "row_format": "UnpairedPreference", "objective": {"type": "KTO"}, "method": LORA},
     "reward": {"rows": PAIRS, "row_format": "Preference", "objective": {"type": "Reward"}, "method": LORA},
     "classification": {
@@ -89,7 +96,7 @@ GRPO = {
 """Each process answers the same prompt 8 times a step; an answer is rewarded by 0 or 1."""
 
 
-SPREAD = ("full", "lora", "half", "dpo", "kto", "reward", "classification")
+SPREAD = ("full", "lora", "half", "dpo", "reference", "kto", "reward", "classification")
 """Cases that are trained with FSDP as well."""
 
 
