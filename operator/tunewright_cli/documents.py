@@ -77,13 +77,6 @@ def check_file(name: str, *, local: bool = False) -> Iterator[CheckedDocument]:
         yield _check(document, shown, local=local)
 
 
-def load_one(file: str, wanted: str | None, *, local: bool) -> FineTuneJob:
-    """Return the only FineTuneJob of a file, or the one called `wanted`; raises as `load_any` does."""
-    job = _choose(file, wanted, (KIND,), local=local)
-    assert isinstance(job, FineTuneJob)
-    return job
-
-
 def load_any(file: str, wanted: str | None, *, local: bool) -> FineTuneJob | AdapterMerge:
     """Return the only FineTuneJob or AdapterMerge of a file, or the one called `wanted`.
 
@@ -96,18 +89,14 @@ def load_any(file: str, wanted: str | None, *, local: bool) -> FineTuneJob | Ada
         InvalidFile: None there, or an invalid one; the message holds all its problems.
         InvalidArgument: Several, and none is named, or none has that name.
     """
-    return _choose(file, wanted, KINDS, local=local)
-
-
-def _choose(file: str, wanted: str | None, kinds: Sequence[str], *, local: bool) -> FineTuneJob | AdapterMerge:
-    found = [d for d in check_file(file, local=local) if d.kind in kinds]
-    what = " or ".join(kinds)
+    found = [d for d in check_file(file, local=local) if d.kind in KINDS]
+    what = " or ".join(KINDS)
     if not found:
         raise InvalidFile(f"{file}: no {what} in this file")
     if wanted is not None:
-        found = [d for d in found if wanted in (d.name, f"{d.kind}/{d.name}")] or _none_called(
-            wanted, file, what, found
-        )
+        found = [
+            d for d in found if wanted in (d.name, f"{d.kind}/{d.name}", f"{d.kind.lower()}/{d.name}")
+        ] or _none_called(wanted, file, what, found)
     if len(found) > 1:
         # By kind, too, where the names alone would not tell them apart.
         is_one_kind = len({d.kind for d in found}) == 1

@@ -15,8 +15,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from tunewright_api.manifest import MANIFEST_NAME, Manifest, digest_of
 from tunewright_api.run_config import StorageSettings, resolve_storage
-from tunewright_api.v1alpha1.status import FineTuneJobStatus
-from tunewright_api.validation import parse_finetunejob
+from tunewright_api.v1alpha1.status import RunStatus
+from tunewright_api.validation import parse_adaptermerge, parse_finetunejob
 from tunewright_cli.errors import InvalidArgument, NotFound, TrainerFailure
 from tunewright_cli.storage import storage_settings, trainer_errors
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a result lies. `digest` is what the FineTuneJob says of the manifest, where one was asked."""
+    """Where a result lies. `digest` is what its status says of the manifest, where one was asked."""
 
     uri: str
     storage: StorageSettings | None = None
@@ -47,7 +47,7 @@ def run(
 
     Raises:
         InvalidArgument: `target` is not empty.
-        NotFound: The FineTuneJob does not exist or has no result.
+        NotFound: The FineTuneJob or AdapterMerge does not exist or has no result.
         TrainerFailure: Storage refuses, there is no result, or a file differs from the manifest.
         AccessDenied, Unavailable: The cluster cannot be read.
     """
@@ -68,18 +68,20 @@ def run(
 
 
 def is_uri(source: str) -> bool:
-    """Tell a URI or a path from the name of a FineTuneJob."""
+    """Tell a URI or a path from the name of a FineTuneJob or AdapterMerge."""
     return "://" in source or source.startswith(("/", "./", "../"))
 
 
 def _of_job(name: str, namespace: str | None, context: str | None) -> Source:
-    from tunewright_cli.cluster import FineTuneJobs
+    from tunewright_cli.cluster import Workloads, target_of
 
-    document = FineTuneJobs(namespace, context).get(name)
-    status = FineTuneJobStatus.model_validate(document.get("status") or {})
+    target = target_of(name)
+    document = Workloads(namespace, context).get(target)
+    status = RunStatus.model_validate(document.get("status") or {})
     if status.output is None:
-        raise NotFound(f"FineTuneJob {name!r} has no result: it is {status.phase or 'Pending'}")
-    storage = resolve_storage(parse_finetunejob(document).spec, StorageSettings())
+        raise NotFound(f"{target} has no result: it is {status.phase or 'Pending'}")
+    parse = parse_adaptermerge if target.is_merge else parse_finetunejob
+    storage = resolve_storage(parse(document).spec, StorageSettings())
     return Source(status.output.manifest_uri, storage, status.output.digest)
 
 
@@ -92,7 +94,7 @@ def _digest(storage: Storage, manifest_uri: str, expected: str | None) -> str:
         raise MissingFile(f"{manifest_uri}: deleted meanwhile")
     digest = digest_of(loaded[1])
     if expected is not None and digest != expected:
-        raise CorruptArtifact(f"{manifest_uri} has the digest {digest}, the FineTuneJob says {expected}")
+        raise CorruptArtifact(f"{manifest_uri} has the digest {digest}, the status says {expected}")
     return digest
 
 

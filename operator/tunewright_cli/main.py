@@ -55,7 +55,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: drawing frames costs half a second of imports
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="LLM fine-tuning on Kubernetes: check, plan, run, watch and fetch FineTuneJobs, talk to results.",
+    help="LLM fine-tuning on Kubernetes: check, plan, run, watch and fetch FineTuneJobs and AdapterMerges, talk to "
+    "results.",
 )
 
 Files = Annotated[
@@ -64,9 +65,13 @@ Files = Annotated[
 ]
 OneFile = Annotated[
     str,
-    typer.Option("--filename", "-f", metavar="FILE", help="YAML or JSON file with the FineTuneJob, or - for stdin."),
+    typer.Option(
+        "--filename", "-f", metavar="FILE", help="YAML or JSON file with a FineTuneJob or AdapterMerge, or - for stdin."
+    ),
 ]
-JobName = Annotated[str | None, typer.Option("--name", help="Which FineTuneJob of the file, where it holds several.")]
+OneName = Annotated[
+    str | None, typer.Option("--name", help="Which one of the file, where it holds several: NAME or KIND/NAME.")
+]
 Namespace = Annotated[
     str | None, typer.Option("--namespace", "-n", help="Namespace. Default: that of the kubeconfig's context.")
 ]
@@ -77,9 +82,9 @@ Endpoint = Annotated[
 Region = Annotated[str | None, typer.Option(help="S3 region. Default: AWS_REGION, else the job's own, else us-east-1.")]
 
 
-@app.command(short_help="Check FineTuneJobs without a cluster.")
+@app.command(short_help="Check FineTuneJobs and AdapterMerges without a cluster.")
 def validate(filename: Files, output: Output = Output.TEXT) -> None:
-    """Check FineTuneJobs without a cluster: every problem at once, with its place.
+    """Check FineTuneJobs and AdapterMerges without a cluster: every problem at once, with its place.
 
     Exit code 0 when all are valid, 20 when not.
     """
@@ -91,12 +96,12 @@ def validate(filename: Files, output: Output = Output.TEXT) -> None:
 @app.command(short_help="Show defaults, steps and the rendered Job.")
 def plan(
     filename: OneFile,
-    name: JobName = None,
+    name: OneName = None,
     output: PlanOutput = PlanOutput.TEXT,
     endpoint: Endpoint = None,
     region: Region = None,
 ) -> None:
-    """Show what a FineTuneJob comes to: every default filled in, the number of steps, the Job in the cluster.
+    """Show what a FineTuneJob or AdapterMerge comes to: every default filled in, the steps, the Job in the cluster.
 
     Rows are counted where the data can be read from here: local files, or S3 with your own AWS_* credentials.
     Platform defaults are read from TUNEWRIGHT_* variables, as the operator reads them.
@@ -128,18 +133,8 @@ def convert(
 
 @app.command(short_help="Train or merge on this machine, without Kubernetes.")
 def run(
-    filename: Annotated[
-        str,
-        typer.Option(
-            "--filename",
-            "-f",
-            metavar="FILE",
-            help="YAML or JSON file with a FineTuneJob or AdapterMerge, or - for stdin.",
-        ),
-    ],
-    name: Annotated[
-        str | None, typer.Option("--name", help="Which one of the file, where it holds several: NAME or KIND/NAME.")
-    ] = None,
+    filename: OneFile,
+    name: OneName = None,
     work: Annotated[
         Path | None, typer.Option(help="Folder for model, data and results while running. Default: a temporary one.")
     ] = None,
@@ -156,15 +151,18 @@ def run(
     raise typer.Exit(command.run(filename, name, work, endpoint=endpoint, region=region, as_json=output is Output.JSON))
 
 
-@app.command(short_help="Follow a FineTuneJob in the cluster to its end.")
+@app.command(short_help="Follow a FineTuneJob or AdapterMerge to its end.")
 def watch(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the FineTuneJob.")],
+    name: Annotated[
+        str,
+        typer.Argument(metavar="NAME", help="Name of a FineTuneJob, or KIND/NAME such as adaptermerge/bot or am/bot."),
+    ],
     namespace: Namespace = None,
     context: Context = None,
     output: Output = Output.TEXT,
     interval: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 2.0,
 ) -> None:
-    """Follow a FineTuneJob in the cluster until it ends.
+    """Follow a FineTuneJob or AdapterMerge in the cluster until it ends.
 
     Exit code 0 when it is Complete; when it Failed, the trainer's exit code, or 1 where there is none.
     """
@@ -179,7 +177,8 @@ def get_adapter(
         str,
         typer.Argument(
             metavar="URI|NAME",
-            help="s3:// URI of a manifest, of a run's folder or of an output folder, or the name of a FineTuneJob.",
+            help="s3:// URI of a manifest, of a run's folder or of an output folder, or the name of a FineTuneJob, or "
+            "KIND/NAME such as adaptermerge/bot or am/bot.",
         ),
     ],
     target: Annotated[

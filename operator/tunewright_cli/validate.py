@@ -1,4 +1,4 @@
-"""`tunewright validate`: all problems of all FineTuneJobs in files, each with its place."""
+"""`tunewright validate`: all problems of all FineTuneJobs and AdapterMerges in files, each with its place."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import typer
 
 from tunewright_api.exit_codes import ExitCode
-from tunewright_api.v1alpha1.finetunejob import KIND
-from tunewright_cli.documents import CheckedDocument, check_file, expand
+from tunewright_cli.documents import KINDS, CheckedDocument, check_file, expand
 from tunewright_cli.errors import InvalidFile
 
 
@@ -17,11 +16,11 @@ def run(names: Sequence[str], *, as_json: bool) -> int:
     """Print the verdict on every document and return the exit code: 0, or 20 when something is wrong.
 
     Raises:
-        InvalidFile: A file cannot be read, is not YAML, or there is no FineTuneJob in any of them.
+        InvalidFile: A file cannot be read, is not YAML, or there is nothing to check in any of them.
     """
     documents = [document for file in expand(names) for document in check_file(file)]
-    if not any(d.kind == KIND or d.problems for d in documents):
-        raise InvalidFile(f"no FineTuneJob in {', '.join(names)}")
+    if not any(d.kind in KINDS or d.problems for d in documents):
+        raise InvalidFile(f"no {' or '.join(KINDS)} in {', '.join(names)}")
     if as_json:
         typer.echo(json.dumps(_report(documents), indent=2))
     else:
@@ -34,7 +33,7 @@ def _print(document: CheckedDocument) -> None:
     for problem in document.problems:
         typer.echo(str(problem))
     if document.job is not None:
-        typer.echo(f"{document.file}: {KIND} {document.name} is valid")
+        typer.echo(f"{document.file}: {document.kind} {document.name} is valid")
     elif not document.problems:
         typer.echo(f"{document.file}: {document.kind} {document.name} is not looked at")
 

@@ -81,8 +81,8 @@ class Combination(SpecModel):
     type: CombinationType = Field(
         default="Concatenate",
         description="Concatenate adds the weighted changes exactly, at the sum of the ranks; Linear adds weighted "
-        "matrices of one rank, which only comes near that; SVD brings that sum to one rank; TIES (Yadav et al. 2023), DARE (Yu et al. 2023) and "
-        "MagnitudePrune drop a part of the values first.",
+        "matrices of one rank, which only comes near that; SVD brings that sum to one rank; TIES (Yadav et al. 2023), "
+        "DARE (Yu et al. 2023) and MagnitudePrune drop a part of the values first.",
     )
     density: Annotated[float, Field(gt=0, le=1)] | None = Field(
         default=None, description="Share of the values that TIES, DARE and MagnitudePrune keep. Default: 0.5."

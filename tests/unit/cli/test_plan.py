@@ -147,3 +147,54 @@ def test_an_invalid_job_is_explained_as_validate_does(run: Run, job_file: Path) 
     result = run("plan", "-f", job_file)
     assert result.exit_code == 20
     assert f"{job_file}:8:21: spec.hyperparameters.epoch: unknown field 'epoch'" in result.stderr
+
+
+MERGE = """\
+apiVersion: tunewright.dev/v1alpha1
+kind: AdapterMerge
+metadata: {name: merge}
+spec:
+  adapters: [{fineTuneJob: bot}, {uri: s3://models/tone, weight: 0.5}]
+  combination: {type: TIES}
+  maxShardSize: 1GB
+  output: {uri: s3://models/merged}
+"""
+
+
+def test_a_merge_is_planned_too(run: Run, tmp_path: Path) -> None:
+    """Its settings with their origin, and the Job that the operator creates; text, JSON and YAML agree."""
+    file = tmp_path / "merge.yaml"
+    file.write_text(MERGE)
+    text = run("plan", "-f", file).stdout
+    assert "merge: merge of FineTuneJob bot, s3://models/tone into the model that the first one was trained on" in text
+    assert "Job that the operator creates for the first attempt" in text
+    document = json.loads(run("plan", "-f", file, "--output", "json").stdout)
+    assert document == yaml.safe_load(run("plan", "-f", file, "--output", "yaml").stdout)
+    settings = {s["field"]: (s["value"], s["from"]) for s in document["settings"]}
+    assert settings["combination.density"] == (0.5, "default")
+    assert settings["combination.type"] == ("TIES", "given")
+    assert settings["maxShardSize"] == ("1GB", "given")
+    assert settings["dtype"] == ("Auto", "default")
+    assert document["job"]["metadata"]["name"] == "merge-merge-1"
+
+
+def test_a_merge_of_local_files_has_no_job(run: Run, tmp_path: Path) -> None:
+    """Local paths are for local runs."""
+    file = tmp_path / "merge.yaml"
+    file.write_text(MERGE.replace("s3://models/merged", str(tmp_path / "out")))
+    assert "No Job: local paths are only for `tunewright run`." in run("plan", "-f", file).stdout
+
+
+def test_the_model_of_a_merge_is_named(run: Run, tmp_path: Path) -> None:
+    """Where it will lie is not known before; the Job shows a place holder."""
+    file = tmp_path / "job.yaml"
+    example = yaml.safe_load((EXAMPLES / "sft-lora.yaml").read_text().split("\n---\n")[-1])
+    example["spec"]["model"] = {"fromMerge": "merged"}
+    file.write_text(yaml.safe_dump(example))
+    text = run("plan", "-f", file).stdout
+    assert "LoRA of the model of AdapterMerge merged" in text
+    document = json.loads(run("plan", "-f", file, "--output", "json").stdout)
+    settings = {s["field"]: (s["value"], s["from"]) for s in document["settings"]}
+    assert settings["model.fromMerge"] == ("merged", "given")
+    assert "model.uri" not in settings
+    assert "s3://set-once-the-merge-is-complete/merged" in json.dumps(document["job"])

@@ -111,3 +111,26 @@ def test_local_paths_are_not_for_the_cluster(run: Run, job_file: Path) -> None:
     result = run("validate", "-f", job_file)
     assert result.exit_code == 20
     assert "spec.model.uri" in result.stdout
+
+
+MERGE = """\
+apiVersion: tunewright.dev/v1alpha1
+kind: AdapterMerge
+metadata: {name: merge}
+spec:
+  adapters: [{fineTuneJob: bot}]
+  output: {uri: s3://bucket/merged}
+"""
+
+
+def test_merges_are_checked_too(run: Run, tmp_path: Path) -> None:
+    """By their own rules, each with its place; one file may have both kinds."""
+    file = tmp_path / "both.yaml"
+    file.write_text(f"{VALID}---\n{MERGE}")
+    result = run("validate", "-f", file)
+    assert result.exit_code == 0
+    assert f"{file}: AdapterMerge merge is valid" in result.stdout.splitlines()
+    file.write_text(MERGE.replace("fineTuneJob: bot", "fineTuneJob: bot, wieght: 2"))
+    result = run("validate", "-f", file)
+    assert result.exit_code == 20
+    assert f"{file}:5:33: spec.adapters[0].wieght: unknown field 'wieght': did you mean 'weight'?" in result.stdout

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from tests.unit.cli.conftest import Run
 from tunewright_api.run_report import Progress
-from tunewright_api.v1alpha1.status import FineTuneJobStatus
+from tunewright_api.v1alpha1.status import FineTuneJobStatus, RunStatus
 from tunewright_cli.errors import NotFound, Unavailable
 from tunewright_cli.view import frame, sparkline, summary
 from tunewright_cli.watch import PATIENCE_SECONDS, changes, exit_code, notes
@@ -77,7 +77,7 @@ class Clock:
         self.now += seconds
 
 
-def follow(answers: list[dict[str, Any] | Exception]) -> tuple[Iterator[FineTuneJobStatus], Clock]:
+def follow(answers: list[dict[str, Any] | Exception]) -> tuple[Iterator[RunStatus], Clock]:
     """Return the changes that scripted answers of the API server lead to; the last answer repeats."""
     clock, remaining = Clock(), list(answers)
 
@@ -238,6 +238,70 @@ def test_a_complete_job_prints_its_result(run: Run, api_server: Callable[[int, A
         "size             2.0 MB",
         "validation loss  4.0000 before, 2.2500 after",
     ]
+
+
+MERGED = {
+    "phase": "Complete",
+    "conditions": conditions(Complete=("True", "Succeeded", "merged")),
+    "output": {
+        "uri": "s3://models/m/0123456789abcdef/0a1b2c3d/merged",
+        "manifestUri": "s3://models/m/0123456789abcdef/manifest.json",
+        "digest": "sha256:" + "0" * 64,
+        "sizeBytes": 3_000_000,
+        "ggufUris": ["s3://models/m/0123456789abcdef/0a1b2c3d/gguf/Q8_0.gguf"],
+    },
+    "verification": {
+        "passed": True, "adapterTensors": 4, "changedTensors": 2, "copiedTensors": 1, "prompts": 3,
+        "maxDivergence": 0.01, "allowedDivergence": 0.05, "effect": 2.0,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["am/bot", "adaptermerge/bot", "AdapterMerge/bot", "adaptermerges.tunewright.dev/bot"])
+def test_a_merge_is_named_with_its_kind(run: Run, api_server: Callable[[int, Any], None], name: str) -> None:
+    """As kubectl takes it; at the end stand the files and what was proved of them."""
+    api_server(200, {"status": MERGED})
+    result = run("watch", name)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[0] == "bot: Complete"
+    assert "gguf             s3://models/m/0123456789abcdef/0a1b2c3d/gguf/Q8_0.gguf" in result.stdout
+    assert (
+        "verified         4 tensors of the adapter used, 2 of the model changed, 1 copied byte for byte"
+        in result.stdout
+    )
+
+
+def test_a_merge_for_scripts(run: Run, api_server: Callable[[int, Any], None]) -> None:
+    """The verification is in the JSON."""
+    api_server(200, {"status": MERGED})
+    report = json.loads(run("watch", "am/bot", "--output", "json").stdout)
+    assert report["verification"]["maxDivergence"] == 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "message"),
+    [
+        ("am/bot", 1, "no AdapterMerge 'bot' in namespace 'team-a'"),
+        ("finetunejob/bot", 1, "no FineTuneJob 'bot' in namespace 'team-a'"),
+        ("job/bot", 20, "'job' is not a kind: use one of finetunejob/bot, adaptermerge/bot"),
+    ],
+)
+def test_what_is_not_there_is_called_by_its_kind(
+    run: Run, api_server: Callable[[int, Any], None], name: str, code: int, message: str
+) -> None:
+    """A wrong kind is told from a wrong name."""
+    api_server(404, {"message": "not found"})
+    result = run("watch", name)
+    assert (result.exit_code, message in result.stderr) == (code, True), result.stderr
+
+
+def test_a_result_is_fetched_by_the_name_of_its_merge(
+    run: Run, api_server: Callable[[int, Any], None], tmp_path: Path
+) -> None:
+    """One without a result says how far it is; storage comes from the AdapterMerge's own spec."""
+    api_server(200, {"status": {"phase": "Running"}})
+    result = run("get-adapter", "am/bot", tmp_path / "model")
+    assert (result.exit_code, "AdapterMerge 'bot' has no result: it is Running" in result.stderr) == (1, True)
 
 
 def test_json_is_one_line_per_change(run: Run, api_server: Callable[[int, Any], None]) -> None:
