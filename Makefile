@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: help venv generate check unit operator-only binaries gguf-tools integration trainer images e2e test demo clean \
-	bench-controlplane bench-trainer bench-data
+	bench-controlplane bench-trainer bench-data bench-merge
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -89,6 +89,9 @@ bench-trainer: venv ## Measure the trainer against plain scripts, and packing ag
 
 bench-data: venv ## Measure checking and tokenising a million rows
 	$(BIN)/python -m bench.data
+
+bench-merge: venv ## Measure merging against peft, and against copying from S3 to S3 (needs 60 GB of disk)
+	$(BIN)/python -m bench.merge
 
 clean: ## Stop the embedded clusters and remove the environments
 	-$(BIN)/python -m tests.cluster down

@@ -79,12 +79,13 @@ class Shape:
 
 
 SHAPES = {
+    "tiny": Shape(2, 64, 160, 4, 32, 512, 2),
     "smollm2": Shape(30, 576, 1536, 9, 192, 49152, 1, tied=True),
     "200m": Shape(8, 1024, 2816, 16, 512, 32000, 2),
     "3b": Shape(28, 3072, 8192, 24, 1024, 64000, 5),
     "7b": Shape(32, 4096, 11008, 32, 4096, 32000, 5),
 }
-"""SmolLM2's own, and synthetic ones: 0.14, 3.2 and 6.7 billion parameters."""
+"""SmolLM2's own, and synthetic ones: of 3.2 and 6.7 billion parameters, and small ones for trying the benchmark."""
 
 
 def write_base(shape: Shape, sink: Sink) -> int:
