@@ -107,7 +107,7 @@ def test_the_user_guide_explains_every_failure() -> None:
         Reason.PENDING, Reason.VALIDATED, Reason.NOT_SUSPENDED, Reason.USER_SUSPENDED, Reason.RESUMED, Reason.STARTED,
         Reason.WAITING_FOR_PODS, Reason.ALL_READY, Reason.RESTARTING, Reason.IN_PROGRESS, Reason.SUCCEEDED,
         Reason.CACHED, Reason.EARLY_STOPPED, Reason.ARTIFACT_PUBLISHED, Reason.JOB_CREATED,
-        Reason.WAITING_FOR_FINETUNEJOB,
+        Reason.WAITING_FOR_FINETUNEJOB, Reason.WAITING_FOR_ADAPTERMERGE,
     }  # fmt: skip
     of_operator = {reason.value for reason in set(Reason) - healthy}
     assert not {reason for reason in of_trainer | of_operator if f"`{reason}`" not in table}
