@@ -354,7 +354,7 @@ def test_a_lost_tokenizer_or_template_is_caught(chat: Case, change: Callable[[Pa
 def test_memory_is_that_of_the_largest_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a model with many layers no more is in memory at any time than one of them, or embedding or head."""
     size: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "vocab_size": 1000}
-    layers = LlamaForCausalLM(LlamaConfig(num_hidden_layers=24, tie_word_embeddings=False, **size))
+    layers = LlamaForCausalLM(LlamaConfig(num_hidden_layers=12, tie_word_embeddings=False, **size))
     layers.save_pretrained(tmp_path / "base")
     total = sum(parameter.numel() for parameter in layers.parameters()) * 4
     layer = sum(parameter.numel() for parameter in layers.model.layers[0].parameters()) * 4
@@ -377,10 +377,11 @@ def test_memory_is_that_of_the_largest_layer(tmp_path: Path, monkeypatch: pytest
     original = LazyWeights._read
     monkeypatch.setattr(LazyWeights, "_read", read)
     check(task_of(case))
-    assert 0.9 * layer <= peak <= 1.5 * layer < total / 10
+    assert 0.9 * layer <= peak <= 1.5 * layer < total / 6
     assert alive == 0
 
 
+@pytest.mark.parametrize("merge", ["BFloat16"], indirect=True)
 def test_from_storage_in_a_process_of_its_own(merge: Case, tmp_path: Path, bucket: Bucket, storage: Storage) -> None:
     """Base and merged files are read from S3 in pieces; the process has the credentials for it."""
     for folder, prefix in ((merge.base, "base"), (merge.merged, "out/merged")):
@@ -400,6 +401,7 @@ def test_from_storage_in_a_process_of_its_own(merge: Case, tmp_path: Path, bucke
     )
 
 
+@pytest.mark.parametrize("merge", ["BFloat16"], indirect=True)
 def test_a_failure_in_the_process_comes_back(merge: Case, tmp_path: Path) -> None:
     """Reason and message are those of the check."""
     task = task_of(wrong(merge, tmp_path / "wrong", drop))

@@ -162,7 +162,7 @@ def test_bad_input(
         (
             {"model": {"uri": "s3://tests/bas"}},
             "MissingFile",
-            "s3://tests/bas: no files are there: a model is named by the folder",
+            "s3://tests/bas: no files are there: a model is named",
         ),
         ({"model": {"uri": "pvc://claim/base"}}, "MissingFile", "pvc://claim/base: no files are there"),
     ],

@@ -95,7 +95,8 @@ def check_files(model: PreTrainedModel, merged: Files, base: Files) -> None:
     named = model.config.architectures or []
     if named[:1] != [type(model).__name__]:
         raise VerificationFailed(
-            f"config.json of the merged model names the class {listed_names(named)}, but the adapter is one of {type(model).__name__}"
+            f"config.json of the merged model names the class {listed_names(named)}, but the adapter is one of "
+            f"{type(model).__name__}"
         )
     report = _loading_report(model, merged.checkpoint)
     # What the base has too much, such as buffers that older versions saved, is copied like everything else.
