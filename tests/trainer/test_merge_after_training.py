@@ -19,6 +19,7 @@ from tunewright_trainer import supervisor
 
 __all__ = ["bucket", "server", "shared_bucket"]
 
+pytestmark = pytest.mark.timeout(300)
 BASE = "s3://tests/base"
 
 

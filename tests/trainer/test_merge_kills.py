@@ -98,7 +98,7 @@ def said(log: Path, text: str, delay: float) -> Callable[[], bool]:
     return moment
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_killed_at_twenty_moments(bucket: Bucket, storage: Storage, tiny: Path, tmp_path: Path) -> None:
     """SIGKILL anywhere: no manifest that does not verify, no process left, and the last attempt has a result."""
     draw = random.Random(SEED)

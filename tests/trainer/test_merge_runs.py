@@ -44,6 +44,9 @@ from tunewright_trainer.transfer import Stop
 
 __all__ = ["bucket", "server", "shared_bucket", "storage"]
 
+pytestmark = pytest.mark.timeout(300)
+"""The process that compares logits imports the training stack."""
+
 BASE = "s3://tests/base"
 OUT = "s3://tests/out"
 EXAMPLE = Path(__file__).parents[2] / "examples/merge-adapters.yaml"
@@ -132,7 +135,6 @@ def test_a_merge_is_published(inputs: Bucket, storage: Storage, tmp_path: Path, 
     assert "merged/config.json has " in check["detail"]
 
 
-@pytest.mark.timeout(300)
 def test_several_adapters_from_and_to_the_hub(
     bucket: Bucket, storage: Storage, tiny: Path, tmp_path: Path, hub: HubServer
 ) -> None:

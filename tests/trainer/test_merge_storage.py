@@ -131,7 +131,7 @@ def test_an_upload_that_fails_for_good(
 def test_a_stop_ends_an_upload(bucket: Bucket, small_parts: int) -> None:
     """After SIGTERM no further part is sent, and those that were are removed."""
     stop = Stop()
-    storage = Storage(make_storage(bucket.server.endpoint)._settings, stop=stop)
+    storage = Storage(make_storage(bucket.server.endpoint).settings, stop=stop)
     writer = storage.writer(f"s3://{bucket.name}/file", 30 * MIB)
     writer.write(bytes(6 * MIB))
     stop.request("SIGTERM")

@@ -159,7 +159,11 @@ def test_bad_input(
             "MissingBucket",
             "there is no bucket 'not-there' at http://127.0.0.1:",
         ),
-        ({"model": {"uri": "s3://tests/bas"}}, "MissingFile", "s3://tests/bas: no files are there: model.uri must be"),
+        (
+            {"model": {"uri": "s3://tests/bas"}},
+            "MissingFile",
+            "s3://tests/bas: no files are there: a model is named",
+        ),
         ({"model": {"uri": "pvc://claim/base"}}, "MissingFile", "pvc://claim/base: no files are there"),
     ],
 )

@@ -226,7 +226,7 @@ def _report_growth(folder: Path, advance: Advance, ended: threading.Event) -> No
 
 def _subject(kind: Kind, repository: str, revision: str | None) -> Subject:
     if kind == "model":
-        return Subject(f"{MODEL_PREFIX}{repository}", "model", revision, "model.revision", MissingModel)
+        return Subject(f"{MODEL_PREFIX}{repository}", "model", revision, "the model's revision", MissingModel)
     return Subject(f"{DATASET_PREFIX}{repository}", "data set", revision, "the data source's revision", MissingFile)
 
 

@@ -45,7 +45,7 @@ def select_files(uri: str, files: Iterable[StoredFile]) -> list[StoredFile]:
     """
     top = {file.name: file for file in files if "/" not in file.name}
     if not top:
-        raise MissingFile(f"{uri}: no files are there: model.uri must be the folder that holds {CONFIG}")
+        raise MissingFile(f"{uri}: no files are there: a model is named by the folder that holds its {CONFIG}")
     if CONFIG not in top:
         raise InvalidModel(f"{uri}: no {CONFIG}: {_what_instead(top)}")
     if WEIGHTS_INDEX in top:

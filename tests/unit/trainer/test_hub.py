@@ -110,7 +110,7 @@ def test_a_token_opens_private_and_gated_models(
             AccessDenied,
             "hf://org/model: the hub answered 401 (Invalid credentials in Authorization header): put a token",
         ),
-        ("model", None, MissingModel, "hf://org/model: the repository has no revision 'v1': set model.revision"),
+        ("model", None, MissingModel, "hf://org/model: the repository has no revision 'v1': set the model's revision"),
         ("bad--name", None, InvalidConfiguration, "hf://org/bad--name: Cannot have -- or .."),
     ],
 )

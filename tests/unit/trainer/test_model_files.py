@@ -72,7 +72,7 @@ def test_selects_shards_by_the_index() -> None:
 @pytest.mark.parametrize(
     ("names", "kind", "message"),
     [
-        ((), MissingFile, "no files are there: model.uri must be the folder that holds config.json"),
+        ((), MissingFile, "no files are there: a model is named by the folder that holds its config.json"),
         (("sub/config.json",), MissingFile, "no files are there"),
         (
             ("model.safetensors", "tokenizer.json"),
