@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,8 +103,9 @@ def test_a_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    assert find_hardware(4, 2).device == 2
-    assert chosen == [2]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 10**9))
+    assert (find_hardware(4, 2).device, find_hardware(4, 2).memory_bytes) == (2, 80 * 10**9)
+    assert set(chosen) == {2}
     assert find_hardware(0).device == "cpu"
 
 
