@@ -17,13 +17,12 @@ from tunewright_api.v1alpha1.adaptermerge import (
     AdapterMergeSpec,
     AdapterSource,
     Combination,
-    GgufType,
     MergeBase,
     QuantizedBase,
     Verification,
-    bytes_of,
 )
 from tunewright_api.v1alpha1.finetunejob import HubOutput
+from tunewright_api.v1alpha1.merged import GgufType, bytes_of
 from tunewright_api.v1alpha1.parts import DType
 
 MERGE_RECIPE_VERSION = 1

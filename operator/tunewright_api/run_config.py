@@ -25,6 +25,7 @@ from tunewright_api.defaults import (
 )
 from tunewright_api.references import with_digests
 from tunewright_api.v1alpha1.finetunejob import FineTuneJobSpec, HubOutput, Parallelism, Resources
+from tunewright_api.v1alpha1.merged import MergedOutput
 from tunewright_api.v1alpha1.method import IA3, MethodType, PrefixTuning, PromptTuning, Quantization
 from tunewright_api.v1alpha1.objective import Objective
 from tunewright_api.v1alpha1.parts import Dataset, HubRef, RunModel, StorageRef
@@ -80,6 +81,8 @@ class TrainRun(SpecModel):
     storage: StorageSettings
     hub: HubSettings = HubSettings()
     hub_output: HubOutput | None = None
+    merge: MergedOutput | None = None
+    """The merged weights to publish as well."""
     gpus: int = Field(ge=0)
     nodes: int = Field(default=1, ge=1)
     """Pods that train together."""
@@ -156,6 +159,7 @@ def build_train_run(
         storage=storage,
         hub=resolve_hub(spec, hub or HubSettings()),
         hub_output=spec.output.hub,
+        merge=spec.output.merge,
         gpus=resources.gpus,
         nodes=resources.nodes,
         processes=resources.processes,
@@ -202,7 +206,7 @@ def resolve_hub(spec: HasPlaces, platform: HubSettings) -> HubSettings:
 
 _SHAPING_FIELDS = (
     "model", "dataset", "objective", "method", "lora", "quantization", "prefixTuning", "promptTuning", "ia3",
-    "hyperparameters", "evaluation",
+    "hyperparameters", "evaluation", "merge",
 )  # fmt: skip
 _SCALING_FIELDS = ("nodes", "processes")
 """They shape the result by the global batch, and by which rows a process gets."""

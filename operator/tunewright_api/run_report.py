@@ -175,8 +175,8 @@ class RunReport(_Document):
     verification: MergeVerification | None = None
 
     def to_json(self) -> str:
-        """Return the document in at most `MAX_REPORT_BYTES` bytes; first the plan gives way, then further metrics, notes
-        and addresses, then the message."""
+        """Return the document in at most `MAX_REPORT_BYTES` bytes; first the plan gives way, then further metrics, then
+        notes and addresses, then the message."""
         report = self
         if _excess_bytes(report) > 0:
             report = report.model_copy(update={"plan": None})

@@ -76,6 +76,7 @@ def _plan_training(job: FineTuneJob, output: str, *, endpoint: str | None, regio
         "scale": {
             "nodes": train_run.nodes,
             "processesPerNode": train_run.processes,
+            "parallelism": train_run.parallelism,
             "globalBatchSize": train_run.global_batch_size,
         },
         "totalSteps": steps_of(train_run, rows.train),
@@ -150,7 +151,9 @@ def _print(
 def _scale(run: TrainRun) -> str:
     nodes = f"{run.nodes} nodes with" if run.nodes > 1 else "1 node with"
     processes = f"{run.processes} processes" if run.processes > 1 else "1 process"
-    return f"{nodes} {processes}{' each' if run.nodes > 1 else ''}, global batch {run.global_batch_size}"
+    each = " each" if run.nodes > 1 else ""
+    parallelism = f", {run.parallelism}" if run.world_size > 1 else ""
+    return f"{nodes} {processes}{each}{parallelism}, global batch {run.global_batch_size}"
 
 
 def _data(rows: Rows) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.rule_cases.case import Case, continued, dataset, dpo, grpo, kto, ppo
+from tests.rule_cases.case import Case, Document, continued, dataset, dpo, grpo, kto, ppo
 
 TARGETS = "lora.targets and lora.targetModules exclude each other"
 QUANT_BITS = "quantization.type and quantization.doubleQuant are only for bits: 4"
@@ -33,7 +33,27 @@ CONTINUED_SETTINGS = "model.continueFrom keeps the settings of the adapter"
 KTO_BATCH = "kto.loss KTO compares the answers of a batch"
 ONE_ROW = {"hyperparameters": {"batchSize": 1}}
 
+MERGED_METHOD = "output.merge is only for LoRA, QLoRA and IA3"
+MERGED_GGUF = "output.merge.gguf needs a model that writes text"
+MERGED_TWICE = "merge.gguf names a type twice"
+
+
+def merged(method: str = "LoRA", objective: str = "SFT", **settings: object) -> Document:
+    """Return a run that publishes the merged weights as well."""
+    block = {"quantization": {"bits": 4}} if method == "QLoRA" else {}
+    output = {"uri": "s3://models/case", "merge": settings}
+    return {"method": {"type": method, **block}, "objective": {"type": objective}, "output": output}
+
+
 METHOD_RULES = (
+    *(Case(f"merge after {m}", True, merged(m, dtype="BFloat16"), MERGED_METHOD) for m in ("LoRA", "QLoRA", "IA3")),
+    *(Case(f"merge after {m}", False, merged(m), MERGED_METHOD) for m in ("Full", "PrefixTuning", "PromptTuning")),
+    Case("merge to GGUF", True, merged(gguf=["Q8_0", "Q4_K_M"], maxShardSize="500MB"), MERGED_GGUF),
+    Case("merge of a classifier", True, merged(objective="Classification"), MERGED_GGUF),
+    Case("classifier to GGUF", False, merged(objective="Classification", gguf=["Q8_0"]), MERGED_GGUF),
+    Case("reward model to GGUF", False, merged(objective="Reward", gguf=["Q8_0"]), MERGED_GGUF),
+    Case("merge to two GGUF types", True, merged(gguf=["F16", "Q8_0"]), MERGED_TWICE),
+    Case("merge to a GGUF type twice", False, merged(gguf=["Q8_0", "Q8_0"]), MERGED_TWICE),
     Case("KTO with its default batch", True, {"objective": {"type": "KTO"}}, KTO_BATCH),
     Case("KTO with two answers at a time", True, {**kto(), "hyperparameters": {"batchSize": 2}}, KTO_BATCH),
     Case("KTO with one answer at a time", False, {"objective": {"type": "KTO"}, **ONE_ROW}, KTO_BATCH),

@@ -1,13 +1,14 @@
 """Plays the worker for tests of the supervisor: keeps to the protocol, trains nothing, starts in milliseconds.
 
-FAKE_WORKER names what it does. Written on the standard library alone, so that it also shows what the protocol asks of
-a worker.
+FAKE_WORKER names what it does, FAKE_ADAPTER a folder with the adapter that it is to have trained. Written on the
+standard library alone, so that it also shows what the protocol asks of a worker.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -68,6 +69,8 @@ def save(output: Path, count: int) -> None:
     header = json.dumps({"w": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]}}).encode()
     (output / "adapter/adapter_model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
     (output / "adapter/adapter_config.json").write_text('{"peft_type": "LORA"}')
+    if "FAKE_ADAPTER" in os.environ:
+        shutil.copytree(os.environ["FAKE_ADAPTER"], output / "adapter", dirs_exist_ok=True)
     (output / "adapter/README.md").write_text("an empty form")
     (output / "adapter/training_args.bin").write_bytes(b"a pickle")
     (output / "adapter/optimizer.pt").write_bytes(b"a pickle")

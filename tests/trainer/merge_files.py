@@ -66,7 +66,7 @@ def write_adapter(folder: Path, tensors: Tensors, config: Mapping[str, Any] | No
     return folder
 
 
-def normal(*shape: int, seed: int = 0) -> NDArray[np.float32]:
+def normal(*shape: int, seed: int = 0) -> Array:
     """Draw numbers of the size of weights."""
     return np.random.default_rng(seed).standard_normal(shape, np.float32) * np.float32(0.1)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from tests.cluster import gguftools
 from tests.cluster.model import smollm2, tiny_llama
@@ -150,17 +151,53 @@ def test_damaged_files_are_noticed(smol: dict[str, GgufFile], tools: Tools, tmp_
 
 
 def test_float32_weights_and_progress(tiny_model: Path, tools: Tools, tmp_path: Path) -> None:
-    """Weights in float32 go through an F32 file, which is not kept; two exports give the same bytes; the progress ends
-    at all bytes."""
+    """Weights in float32 go through an F32 file, which is not kept; the progress ends at all bytes."""
     seen: list[tuple[int, int]] = []
-    files = exported(tiny_model, ("F16", "Q6_K"), tmp_path / "a", tools, progress=lambda *at: seen.append(at))
-    again = exported(tiny_model, ("F16", "Q6_K"), tmp_path / "b", tools)
-    assert [file.path.read_bytes() for file in files] == [file.path.read_bytes() for file in again]
-    assert len(list((tmp_path / "a").iterdir())) == 2
+    files = exported(tiny_model, ("F16", "Q6_K"), tmp_path, tools, progress=lambda *at: seen.append(at))
+    assert len(list(tmp_path.iterdir())) == 2
     assert files[0].divergence < 1e-5
     assert files[1].fallbacks == {"q6_K -> q8_0": 14}
     assert seen == sorted(seen)
     assert seen[-1][0] == seen[-1][1]
+
+
+def test_a_sentencepiece_tokenizer(tools: Tools, tmp_path: Path) -> None:
+    """A tokenizer.model, as older Llama and Mistral models have it, gives the same tokens in llama.cpp."""
+    import sentencepiece
+
+    model = tmp_path / "model"
+    model.mkdir()
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"The capital of France is Paris, not town number {n}." for n in range(100)))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(model / "tokenizer"),
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    (model / "tokenizer.vocab").unlink()
+    (model / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    config = {
+        **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 320, "hidden_size": 32},
+        **{"intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "rms_norm_eps": 1e-5},
+        **{"max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True},
+    }
+    (model / "config.json").write_text(json.dumps(config))
+    square, layer = (32, 32), "model.layers.0"
+    shapes = {f"{layer}.self_attn.{name}_proj.weight": square for name in "qkvo"}
+    shapes |= {f"{layer}.mlp.{name}_proj.weight": (64, 32) for name in ("gate", "up")}
+    shapes |= {"model.embed_tokens.weight": (320, 32), f"{layer}.mlp.down_proj.weight": (32, 64)}
+    norms = {f"{layer}.{name}_layernorm.weight" for name in ("input", "post_attention")} | {"model.norm.weight"}
+    random = np.random.default_rng(0)
+    tensors = {name: random.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+    save_file(tensors | {name: np.ones(32, dtype=np.float32) for name in norms}, model / "model.safetensors")
+
+    (file,) = exported(model, ("F32",), tmp_path / "out", tools)
+    tokens, _ = gguf_check.evaluate(file.path, tools, 1, run, "The capital of Spain is Madrid.")
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model / "tokenizer.model"))
+    assert tokens == [1, *tokenizer.encode("The capital of Spain is Madrid.")]
 
 
 def test_what_the_converter_sees(tiny_model: Path, tools: Tools, tmp_path: Path) -> None:

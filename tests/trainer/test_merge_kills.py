@@ -30,7 +30,8 @@ SEED = 20_261_129
 EARLY_KILLS = 16
 """While inputs are looked up and fetched, while the model is merged, and while it is read back."""
 EARLY_REQUESTS = 60
-LOGITS = "comparing logits"
+MERGED = "merged: 6 tensors changed"
+"""In the log, a moment before the process that compares logits starts."""
 LATE = ("/run.json", "/manifest.json", "/latest.json")
 """What is stored last: killed at the moment of these requests."""
 
@@ -112,7 +113,7 @@ def test_killed_at_twenty_moments(bucket: Bucket, storage: Storage, tiny: Path, 
             if number < EARLY_KILLS:
                 moment = asked(proxy, draw.randint(1, EARLY_REQUESTS))
             elif number == EARLY_KILLS:
-                moment = said(pod.log, LOGITS, draw.uniform(0, 3))
+                moment = said(pod.log, MERGED, draw.uniform(1.5, 4))
             else:
                 moment = put(proxy, LATE[number - EARLY_KILLS - 1])
             if pod.kill_when(moment):

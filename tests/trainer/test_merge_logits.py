@@ -18,17 +18,19 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from tests.trainer.kit import Bucket
 from tests.trainer.merge_kit import IDS, KINDS, Case, load, make_base, merge_folders, run_case
-from tests.trainer.s3_fixtures import bucket, server, shared_bucket, storage  # noqa: F401
+from tests.trainer.s3_fixtures import bucket, server, shared_bucket, storage
 from tunewright_api.run_config import StorageSettings
 from tunewright_trainer.errors import InvalidAdapter, InvalidModel, VerificationFailed, WorkerFailure
+from tunewright_trainer.merge.changes import BaseQuantization
 from tunewright_trainer.merge.checkpoint import Checkpoint
 from tunewright_trainer.merge.lazy_model import LazyWeights, attach, build_empty
 from tunewright_trainer.merge.logit_check import check, run
 from tunewright_trainer.merge.readers import FolderReader
-from tunewright_trainer.merge.stream import BaseQuantization
 from tunewright_trainer.merge.verification import Location, LogitsTask, run_logits_check
 from tunewright_trainer.run_log import Redactor, RunLog
 from tunewright_trainer.storage import Storage
+
+__all__ = ["bucket", "server", "shared_bucket", "storage"]
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DTYPES = ("Float32", "BFloat16")
@@ -192,10 +194,8 @@ def test_a_wrong_scale_is_caught_and_measured(merge: Case, tmp_path: Path, facto
     )
     dtype = "BFloat16" if merge.config()["dtype"] == "bfloat16" else "Float32"
     merge_folders(merge.base, tmp_path / "adapter", tmp_path / "merged", dtype=dtype)
-    with pytest.raises(
-        VerificationFailed,
-        match=rf"shows ({factor - 0.1:.1f}|{factor - 0.2:.1f}|{factor:.1f})\d of the adapter's effect",
-    ):
+    shown = rf"it shows ({factor - 0.2:.1f}|{factor - 0.1:.1f}|{factor:.1f})\d of the adapter's effect"
+    with pytest.raises(VerificationFailed, match=shown):
         check(task_of(merge, merged=Location(uri="the result", path=tmp_path / "merged")))
 
 
@@ -228,7 +228,7 @@ def test_a_limit_of_the_users_own(merge: Case) -> None:
     assert check(task_of(merge, max_divergence=honest.max_divergence * 2)).allowed_divergence == (
         honest.max_divergence * 2
     )
-    with pytest.raises(VerificationFailed, match="or raise verification.maxDivergence"):
+    with pytest.raises(VerificationFailed, match=r"or raise verification\.maxDivergence"):
         check(task_of(merge, max_divergence=honest.max_divergence / 2))
 
 
@@ -268,9 +268,7 @@ def test_a_configuration_of_another_class(tmp_path: Path) -> None:
     case = run_case(base, tmp_path, config, "SEQ_CLS", settings={"num_labels": 2})
     path = case.merged / "config.json"
     path.write_text(json.dumps({**case.config(), "architectures": ["LlamaForCausalLM"]}))
-    with pytest.raises(
-        VerificationFailed, match="names the class LlamaForCausalLM, but the adapter is one of LlamaForS"
-    ):
+    with pytest.raises(VerificationFailed, match="names the class LlamaForCausalLM, but the adapter is one of Llama"):
         check(task_of(case))
 
 
@@ -337,11 +335,11 @@ def lose_tokenizer(merged: Path) -> None:
     [
         (
             lose_template,
-            r"chat template \(chat_template\) of the base is lost: the merged model has none; nothing is p",
+            r"chat template \(chat_template\) of the base is lost: the merged model has none; nothing",
         ),
         (
             change_template,
-            r"chat template \(chat_template\) of the base is another one in the merged model; nothing is",
+            r"chat template \(chat_template\) of the base is another one in the merged model; nothing",
         ),
         (lose_tokenizer, "the tokenizer of the base is lost: the merged model has none; nothing is published"),
     ],
@@ -355,8 +353,8 @@ def test_a_lost_tokenizer_or_template_is_caught(chat: Case, change: Callable[[Pa
 
 def test_memory_is_that_of_the_largest_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a model with many layers no more is in memory at any time than one of them, or embedding or head."""
-    size = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "vocab_size": 1000}
-    layers = LlamaForCausalLM(LlamaConfig(num_hidden_layers=24, tie_word_embeddings=False, **size))
+    size: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "vocab_size": 1000}
+    layers = LlamaForCausalLM(LlamaConfig(num_hidden_layers=12, tie_word_embeddings=False, **size))
     layers.save_pretrained(tmp_path / "base")
     total = sum(parameter.numel() for parameter in layers.parameters()) * 4
     layer = sum(parameter.numel() for parameter in layers.model.layers[0].parameters()) * 4
@@ -379,10 +377,11 @@ def test_memory_is_that_of_the_largest_layer(tmp_path: Path, monkeypatch: pytest
     original = LazyWeights._read
     monkeypatch.setattr(LazyWeights, "_read", read)
     check(task_of(case))
-    assert 0.9 * layer <= peak <= 1.5 * layer < total / 10
+    assert 0.9 * layer <= peak <= 1.5 * layer < total / 6
     assert alive == 0
 
 
+@pytest.mark.parametrize("merge", ["BFloat16"], indirect=True)
 def test_from_storage_in_a_process_of_its_own(merge: Case, tmp_path: Path, bucket: Bucket, storage: Storage) -> None:
     """Base and merged files are read from S3 in pieces; the process has the credentials for it."""
     for folder, prefix in ((merge.base, "base"), (merge.merged, "out/merged")):
@@ -402,6 +401,7 @@ def test_from_storage_in_a_process_of_its_own(merge: Case, tmp_path: Path, bucke
     )
 
 
+@pytest.mark.parametrize("merge", ["BFloat16"], indirect=True)
 def test_a_failure_in_the_process_comes_back(merge: Case, tmp_path: Path) -> None:
     """Reason and message are those of the check."""
     task = task_of(wrong(merge, tmp_path / "wrong", drop))

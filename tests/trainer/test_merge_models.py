@@ -164,7 +164,8 @@ class Mixed(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply all layers."""
         x = self.flat(x)
-        return self.point(x).mean() + self.line(x.flatten(2)).mean()
+        result: torch.Tensor = self.point(x).mean() + self.line(x.flatten(2)).mean()
+        return result
 
 
 @pytest.mark.parametrize("use_dora", [False, True])

@@ -29,6 +29,7 @@ from tests.trainer.merge_run_kit import (
 from tests.trainer.s3_fixtures import bucket, server, shared_bucket, storage
 from tunewright_api.run_report import RunReport
 from tunewright_api.v1alpha1.adaptermerge import AdapterSource
+from tunewright_cli.kubectl_yaml import read_documents
 from tunewright_cli.main import app
 from tunewright_trainer import supervisor
 from tunewright_trainer.merge import product
@@ -45,6 +46,7 @@ __all__ = ["bucket", "server", "shared_bucket", "storage"]
 
 BASE = "s3://tests/base"
 OUT = "s3://tests/out"
+EXAMPLE = Path(__file__).parents[2] / "examples/merge-adapters.yaml"
 TOKEN = "hf_secret-of-alice"
 LOCAL: dict[str, Any] = {"output": {"uri": OUT}}
 ADAPTERS = "s3://tests/adapters"
@@ -134,27 +136,26 @@ def test_a_merge_is_published(inputs: Bucket, storage: Storage, tmp_path: Path, 
 def test_several_adapters_from_and_to_the_hub(
     bucket: Bucket, storage: Storage, tiny: Path, tmp_path: Path, hub: HubServer
 ) -> None:
-    """A base on the hub is merged in the commit that the adapters were trained on, in files of the asked size; the
-    merged model is pushed; what two adapters add is the weighted sum of what each would add."""
+    """The example: a base on the hub is merged in the commit that the adapters were trained on, in files of the asked
+    size; the merged model is pushed; what two adapters add is the weighted sum of what each would add."""
     commit = hub.repositories["model", "org/base"].branches["main"][-1].oid
     hub.repositories["model", "org/base"].commit("main", "another model", "", {"config.json": b"{}"})
+    (example,) = read_documents(EXAMPLE.read_text(), EXAMPLE.name)
+    weights = [adapter["weight"] for adapter in example.content["spec"]["adapters"]]
     adapters = []
-    for number, weight in ((1, 0.5), (2, 2.0)):
+    for number, weight in enumerate(weights, 1):
         upload_folder(
             bucket, write_adapter(tmp_path / f"{number}", "org/base", seed=number, revision=commit), f"p{number}"
         )
         adapters.append({"uri": f"s3://tests/p{number}", "weight": weight})
-    report = run(
-        bucket,
-        merge_settings(tmp_path / "work", bucket, environment={"HF_TOKEN": TOKEN}),
-        adapters=adapters,
-        combination={"type": "Concatenate"},
-        maxShardSize="8MB",
-        dtype="Float32",
-        verification={"prompts": ["Say something"], "vllm": {}},
-        output={"uri": OUT, "hub": {"repository": "org/merged"}},
-        hub={"endpoint": hub.endpoint, "secretName": "hf-token"},
-    )
+    here = {
+        "maxShardSize": "8MB",
+        "adapters": adapters,
+        "output": {"uri": OUT, "hub": {"repository": "org/merged"}},
+        "hub": {"endpoint": hub.endpoint, "secretName": "hf-token"},
+    }
+    settings = merge_settings(tmp_path / "work", bucket, environment={"HF_TOKEN": TOKEN})
+    report = run(bucket, settings, **{**example.content["spec"], **here})
     assert (report.exit_code, report.reason) == (0, "Succeeded"), report.message
     assert report.merge is not None
     assert (report.merge.base_uri, report.merge.base_version, report.merge.shards) == ("hf://org/base", commit, 2)
@@ -168,7 +169,7 @@ def test_several_adapters_from_and_to_the_hub(
     name = "model.layers.0.self_attn.v_proj"
     (tmp_path / "shard").write_bytes(pushed.files[index[f"{name}.weight"]])
     expected = load_file(tiny / "model.safetensors")[f"{name}.weight"]
-    for number, weight in ((1, 0.5), (2, 2.0)):
+    for number, weight in enumerate(weights, 1):
         factors = adapter_tensors(number)
         a, b = (factors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
         expected = expected + weight * 2 * (b @ a)

@@ -68,6 +68,13 @@ CASES: dict[str, dict[str, Any]] = {
         "objective": {"type": "DPO"},
         "method": LORA,
     },
+    "reference": {
+        "rows": PAIRS,
+        "row_format": "Preference",
+        "objective": {"type": "DPO"},
+        "method": {"type": "Full"},
+        "hyperparameters": {"learningRate": 0.0002},
+    },
     "kto": {"rows": JUDGED, "row_format": "UnpairedPreference", "objective": {"type": "KTO"}, "method": LORA},
     "reward": {"rows": PAIRS, "row_format": "Preference", "objective": {"type": "Reward"}, "method": LORA},
     "classification": {
@@ -89,7 +96,7 @@ GRPO = {
 """Each process answers the same prompt 8 times a step; an answer is rewarded by 0 or 1."""
 
 
-SPREAD = ("full", "lora", "half", "dpo", "kto", "reward", "classification")
+SPREAD = ("full", "lora", "half", "dpo", "reference", "kto", "reward", "classification")
 """Cases that are trained with FSDP as well."""
 
 
@@ -269,9 +276,15 @@ def test_two_processes_publish_one_result(inputs: Bucket, tmp_path: Path, sft_lo
     check_result(inputs, report, sft_losses, tmp_path / "got")
 
 
-def test_two_pods_publish_one_result(inputs: Bucket, tmp_path: Path, sft_losses: list[float | None]) -> None:
+@pytest.mark.parametrize("parallelism", ["DDP", "FSDP"])
+def test_two_pods_publish_one_result(
+    parallelism: str, inputs: Bucket, tmp_path: Path, sft_losses: list[float | None]
+) -> None:
     """Of two pods the first one publishes; the other says that it took part, and stores nothing."""
-    first, second = Pods(two_pods(sft_run(inputs)), tmp_path, WORKER).reports_of_all()
+    run = sft_run(inputs).model_copy(update={"parallelism": parallelism})
+    first, second = Pods(two_pods(run), tmp_path, WORKER).reports_of_all()
+    assert first.plan is not None
+    assert first.plan.parallelism == f"{parallelism}: resources.parallelism says so"
     check_result(inputs, first, sft_losses, tmp_path / "got")
     assert (second.exit_code, second.reason, second.stage, second.output) == (0, "TookPart", "Finished", None)
     assert second.run_key == first.run_key

@@ -12,7 +12,7 @@ import typer.main
 
 from tunewright_api.conditions import Reason
 from tunewright_api.exit_codes import OUTCOMES, Fate
-from tunewright_api.validation import parse_finetunejob
+from tunewright_api.validation import parse_adaptermerge, parse_finetunejob
 from tunewright_cli.kubectl_yaml import read_documents
 from tunewright_cli.main import app
 
@@ -21,7 +21,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)]+)\)")
 _COMMAND = re.compile(
-    r"(?:^|[`$&] *)(?:kubectl )?(tunewright (?:validate|plan|convert|run|watch|get-adapter|chat)[^`\n#&]*)",
+    r"(?:^|[`$&] *)(?:kubectl )?(tunewright (?:validate|plan|convert|run|watch|get-adapter|chat|verify)[^`\n#&]*)",
     re.MULTILINE,
 )
 
@@ -57,6 +57,8 @@ def test_every_finetunejob_in_the_text_is_valid(page: Path) -> None:
         for document in read_documents(text, page.name):
             if document.content.get("kind") == "FineTuneJob":
                 parse_finetunejob(document.content)
+            if document.content.get("kind") == "AdapterMerge":
+                parse_adaptermerge(document.content)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
@@ -74,8 +76,8 @@ def test_every_command_in_the_text_exists_with_its_options(page: Path) -> None:
 def test_commands_are_found_in_the_text() -> None:
     """The pattern sees the user guide's commands, plain and under kubectl."""
     found = {shlex.split(line)[1] for line in _COMMAND.findall((ROOT / "docs" / "user-guide.md").read_text())}
-    assert found == {"validate", "plan", "convert", "run", "watch", "get-adapter", "chat"}
-    assert len(_COMMAND.findall((ROOT / "README.md").read_text())) == 3
+    assert found == {"validate", "plan", "convert", "run", "watch", "get-adapter", "chat", "verify"}
+    assert len(_COMMAND.findall((ROOT / "README.md").read_text())) == 4
 
 
 @pytest.mark.parametrize("page", PAGES, ids=names(PAGES))

@@ -14,11 +14,12 @@ import yaml
 
 from tunewright_api.v1alpha1.method import MethodType
 from tunewright_api.v1alpha1.objective import ObjectiveType
-from tunewright_api.validation import parse_finetunejob
+from tunewright_api.validation import parse_adaptermerge, parse_finetunejob
 from tunewright_cli.kubectl_yaml import read_documents
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-JOBS = sorted(path.name for path in EXAMPLES.glob("*.yaml") if path.name != "secret.yaml")
+MERGES = sorted(path.name for path in EXAMPLES.glob("merge-*.yaml"))
+JOBS = sorted(path.name for path in EXAMPLES.glob("*.yaml") if path.name not in ("secret.yaml", *MERGES))
 
 
 def load(name: str) -> ModuleType:
@@ -50,6 +51,15 @@ def test_every_example_is_valid(name: str) -> None:
     """As the API server would judge it."""
     (document,) = read_documents((EXAMPLES / name).read_text(), name)
     parse_finetunejob(document.content)
+
+
+@pytest.mark.parametrize("name", MERGES)
+def test_every_merge_is_valid(name: str) -> None:
+    """As the API server would judge it, and small enough for any node."""
+    (document,) = read_documents((EXAMPLES / name).read_text(), name)
+    spec = parse_adaptermerge(document.content).spec
+    assert spec.resources is not None
+    assert spec.resources.memory == "3Gi"
 
 
 @pytest.mark.parametrize("name", [name for name in JOBS if name != "quickstart-gpu.yaml"])

@@ -19,7 +19,7 @@ from tunewright_trainer import artifact, publish, reports
 from tunewright_trainer.dataset import BadRows
 from tunewright_trainer.errors import CorruptArtifact, DiskFull, TrainerError
 from tunewright_trainer.events import Heartbeat
-from tunewright_trainer.publish import Published
+from tunewright_trainer.publish import Published, Result
 from tunewright_trainer.run_log import Redactor, RunLog
 from tunewright_trainer.settings import SupervisorSettings
 from tunewright_trainer.storage import Storage, join
@@ -62,6 +62,7 @@ class Attempt:
         self._heartbeat = Heartbeat(self.log.say)
         self.tracker = Tracker(time.monotonic, self._on_progress)
         self.storage = Storage(run.storage, stop=self.stop, local=settings.local, pvc_root=settings.pvc_root)
+        self.unpublished = Unpublished(self)
 
     @property
     def folder(self) -> str:
@@ -102,6 +103,7 @@ class Attempt:
             finally:
                 self.stop.request("the attempt is over")
                 clean_up(failure)
+                self.unpublished.remove()
                 if server is not None:
                     server.close()
             if failure is not None:
@@ -165,6 +167,22 @@ class Attempt:
             from tunewright_trainer import hub_push
 
             hub_push.check(self.run, self.stop)
+
+    def publish(self, result: Result) -> tuple[Published, bool]:
+        """Store the local files of a result and make it valid; returns what `publish.publish` does."""
+        size = sum(path.stat().st_size for path in result.files.values())
+        self.tracker.enter("Publishing", f"{size / 1e6:.1f} MB to {self.run.output_uri}", size)
+        (outcome,) = self.together(partial(self._publish, result))
+        published: tuple[Published, bool] = outcome
+        return published
+
+    def _publish(self, result: Result) -> tuple[Published, bool]:
+        with self.unpublished.writing():
+            advance = partial(self.tracker.advance, "Publishing")
+            manifest = publish.store(self.storage, self.run.output_uri, result, advance)
+            self.stop.check()
+            self.unpublished.keep()
+            return publish.make_valid(self.storage, self.run.output_uri, manifest, self.log.say)
 
     def keep_log(self, folder: Path) -> None:
         """Put a copy of the log as it is now into a folder of files to publish."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from tunewright_api.run_config import TrainRun
 from tunewright_api.v1alpha1.spec_rules import FSDP_METHODS, FSDP_OBJECTIVES, FSDP_OPTIMIZERS
+from tunewright_trainer.errors import InvalidConfiguration
 
 WEIGHTS_SHARE = 0.8
 """Of a GPU's memory for weights, gradients and optimizer states; the rest is for activations and the libraries."""
+_HEADS = frozenset({"score", "classifier"})
+"""Names of the heads that peft saves with an adapter."""
 _FLOAT32_BYTES = 4
 _STATE_BYTES = {"AdamW": 8, "SGD": 0}
 """Of an optimizer for each trained weight: AdamW keeps two float32 averages, SGD without momentum keeps nothing."""
@@ -28,7 +33,12 @@ class Parallelism:
 
 
 def choose_parallelism(
-    run: TrainRun, *, parameters: int, weight_bytes: int, gpu_bytes: int | None
+    run: TrainRun,
+    *,
+    parameters: int,
+    weight_bytes: int,
+    gpu_bytes: int | None,
+    adapter: Mapping[str, Any] | None = None,
 ) -> Parallelism | None:
     """Return how the model is held; None for a run in one process.
 
@@ -37,12 +47,20 @@ def choose_parallelism(
         parameters: Weights of the base model.
         weight_bytes: Bytes of one of them in memory.
         gpu_bytes: Memory of the smallest GPU of the run; None without GPUs.
+        adapter: adapter_config.json of the adapter that the run goes on from.
+
+    Raises:
+        InvalidConfiguration: FSDP is asked for, and that adapter has weights of the base in it.
     """
     if run.world_size == 1:
         return None
+    obstacle = what_keeps_from_sharding(run) or what_adapter_keeps(adapter or {})
+    if run.parallelism == "FSDP" and obstacle is not None:
+        raise InvalidConfiguration(
+            f"resources.parallelism is FSDP, but {obstacle} is not trained with it: set it to DDP or Auto"
+        )
     if run.parallelism != "Auto":
         return Parallelism(run.parallelism == "FSDP", "resources.parallelism says so")
-    obstacle = what_keeps_from_sharding(run)
     if obstacle is not None:
         return Parallelism(False, f"{obstacle} is not trained with FSDP")
     if gpu_bytes is None:
@@ -71,6 +89,16 @@ def what_keeps_from_sharding(run: TrainRun) -> str | None:
         return "lora.modulesToSave" if run.lora.modules_to_save else f"lora.bias {run.lora.bias}"
     if run.method == "Full" and run.hyperparameters.optimizer not in FSDP_OPTIMIZERS:
         return f"hyperparameters.optimizer {run.hyperparameters.optimizer} for all weights"
+    return None
+
+
+def what_adapter_keeps(adapter: Mapping[str, Any]) -> str | None:
+    """Return what of the base an adapter has trained along, None where that is at most a head."""
+    saved = sorted(set(adapter.get("modules_to_save") or ()) - _HEADS)
+    if saved:
+        return f"an adapter in model.continueFrom with {', '.join(saved)} in it"
+    if adapter.get("bias", "none") != "none":
+        return "an adapter in model.continueFrom with bias terms in it"
     return None
 
 

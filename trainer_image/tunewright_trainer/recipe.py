@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
+import json
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -181,15 +182,16 @@ def with_parallelism(setup: Setup, empty: PreTrainedModel) -> Setup:
         empty: The model without weights.
 
     Raises:
-        InvalidConfiguration: The model cannot be spread over processes.
+        InvalidConfiguration: The model cannot be spread over processes, though that is asked for.
     """
-    world, memory = setup.world, setup.hardware.memory_bytes
+    world, memory, start = setup.world, setup.hardware.memory_bytes, setup.task.adapter_path
     chosen = choose_parallelism(
         setup.task.run,
         parameters=empty.num_parameters(),
         weight_bytes=setup.precision.weights.itemsize,
         # Nodes may have GPUs of other sizes, and all processes must decide the same.
         gpu_bytes=min(world.gather(memory)) if memory is not None else None,
+        adapter=json.loads((start / "adapter_config.json").read_bytes()) if start is not None else None,
     )
     if chosen is None:
         return setup

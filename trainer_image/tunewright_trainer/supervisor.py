@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from tunewright_api.manifest import ManifestFile
 from tunewright_api.merge_run import MergeRun
 from tunewright_api.run_config import TrainRun
 from tunewright_api.run_report import RunReport
@@ -26,7 +29,7 @@ from tunewright_trainer import (
 )
 from tunewright_trainer.attempt import Attempt, Run
 from tunewright_trainer.dataset import PreparedData
-from tunewright_trainer.errors import Preempted, Stalled, TrainerError
+from tunewright_trainer.errors import InvalidInput, Preempted, Stalled, TrainerError
 from tunewright_trainer.events import MetricsFile
 from tunewright_trainer.inputs import Inputs
 from tunewright_trainer.listener import Listener
@@ -38,11 +41,15 @@ from tunewright_trainer.protocol import (
     WorkerTask,
     write_task,
 )
-from tunewright_trainer.publish import Published, Result
+from tunewright_trainer.publish import MERGED_FOLDER, Published, Result
 from tunewright_trainer.settings import SupervisorSettings
 from tunewright_trainer.tracker import now
 from tunewright_trainer.tracking import TENSORBOARD_FOLDER, WANDB_FOLDER, Trackers
 from tunewright_trainer.worker_process import GRACE_SECONDS, WorkerProcess
+
+if TYPE_CHECKING:
+    from tunewright_trainer.merge.gguf_tools import Tools
+    from tunewright_trainer.merge.product import Product
 
 POLL_SECONDS = 0.1
 WORKER_END_SECONDS = 10.0
@@ -92,6 +99,8 @@ class _Training:
         takers = (self.tracker.handle, self.metrics.write, self.trackers.write)
         self.listener = Listener(self.worker, settings.work, self.log, takers, expects_result=self.place.is_first)
         self.attempt.watch = self._watch
+        self.model_path = settings.work / "model"
+        self.tools: Tools | None = None
 
     def execute(self) -> RunReport:
         """Run all steps, end the workers whatever happens, and leave the report."""
@@ -150,6 +159,7 @@ class _Training:
             partial(start_adapter.fetch, found.adapter, self.storage, work / "adapter", advance),
             before_last=lambda: self.tracker.enter("Checking", "checking the rows", found.data_bytes),
         )
+        self._check_merge(found.model.uri, model_path)
         self.tracker.checked(data, found.adapter.manifest_uri if found.adapter is not None else None)
         self.log.say(
             f"{data.train_rows} rows to train on, {data.validation_rows} to evaluate on, format {data.format.name} "
@@ -173,6 +183,15 @@ class _Training:
             ),
         )
         return data
+
+    def _check_merge(self, uri: str, model_path: Path) -> None:
+        """Find what output.merge needs before anything is trained."""
+        self.model_path = model_path
+        if self.run.merge is not None and self.place.is_first:
+            from tunewright_trainer.merge import after_training
+
+            self.tools = after_training.find_tools(self.run, self.settings.environment)
+            after_training.check_model(uri, model_path, self.tools)
 
     def _take_part(self, found: Inputs, published: Published | None) -> RunReport:
         """Train along in a pod that is not the first of its run: that one looks after progress and result."""
@@ -207,8 +226,29 @@ class _Training:
     def _publish(self, found: Inputs, data: PreparedData, result: ResultEvent) -> RunReport:
         run_key = self.attempt.run_key
         assert run_key is not None
-        finished = documents.Finished(
-            run=self.run,
+        finished = self._finished(self.run, run_key, found, data, result)
+        self.log.say(f"trained: {result.steps} steps in {result.train_seconds:.0f} s")
+        product = self._merged(finished) if self.run.merge is not None else None
+        published, others = self.attempt.publish(self._result(finished, product))
+        if others:
+            return self.attempt.cached(published)
+        self.log.say(f"published: {published.output.uri}")
+        report = reports.succeeded(finished, published, self.tracker.early_stop)
+        if product is not None:
+            report = report.model_copy(update={"merge": product.plan, "verification": product.verification})
+        self.attempt.keep_report(report)
+        output = self.attempt.pushed(published, lambda: self.settings.work / OUTPUT_FOLDER / result.root)
+        if output.hub_url is not None:
+            report = report.model_copy(update={"output": output})
+            self.attempt.keep_report(report)
+        self.tracker.enter("Finished", published.output.uri)
+        return report
+
+    def _finished(
+        self, run: TrainRun, run_key: str, found: Inputs, data: PreparedData, result: ResultEvent
+    ) -> documents.Finished:
+        return documents.Finished(
+            run=run,
             run_key=run_key,
             inputs=found,
             data=data,
@@ -219,25 +259,51 @@ class _Training:
             started_at=self.attempt.started_at,
             ended_at=now(),
         )
-        files = self._files(finished)
-        size = sum(path.stat().st_size for path in files.values())
-        self.tracker.enter("Publishing", f"{size / 1e6:.1f} MB to {self.run.output_uri}", size)
-        to_publish = Result(run_key, self.settings.writer, result.kind, result.root, files, documents.metrics(finished))
-        advance = partial(self.tracker.advance, "Publishing")
-        ((published, others),) = self.together(
-            partial(publish.publish, self.storage, self.run.output_uri, to_publish, advance, self.log.say)
-        )
-        if others:
-            return self.attempt.cached(published)
-        self.log.say(f"published: {published.output.uri}")
-        report = reports.succeeded(finished, published, self.tracker.early_stop)
-        self.attempt.keep_report(report)
-        output = self.attempt.pushed(published, lambda: self.settings.work / OUTPUT_FOLDER / result.root)
-        if output.hub_url is not None:
-            report = report.model_copy(update={"output": output})
-            self.attempt.keep_report(report)
-        self.tracker.enter("Finished", published.output.uri)
-        return report
+
+    def _merged(self, finished: documents.Finished) -> Product:
+        """Make the merged weights. Where they cannot be had, the adapter is published by itself before the run fails.
+
+        Raises:
+            InvalidInput: They cannot; the message says where the adapter is.
+        """
+        from tunewright_trainer.merge.after_training import make_merged
+
+        result, base = finished.result, finished.inputs.model
+        adapter = self.settings.work / OUTPUT_FOLDER / result.root
+        arguments = (self.run, base, self.model_path, adapter, result.outputs, self.tools)
+        try:
+            with self.attempt.unpublished.writing():
+                (product,) = self.together(partial(make_merged, self.attempt, *arguments))
+        except InvalidInput as error:
+            alone = self.run.model_copy(update={"merge": None})
+            key = finished.inputs.key(alone)
+            published, _ = publish.publish(
+                self.storage,
+                self.run.output_uri,
+                self._result(replace(finished, run=alone, run_key=key), None),
+                say=self.log.say,
+            )
+            raise type(error)(
+                f"{error}. The adapter itself is published at {published.output.uri}: the same FineTuneJob without "
+                "output.merge finds it there"
+            ) from None
+        merged: Product = product
+        return merged
+
+    def _result(self, finished: documents.Finished, product: Product | None) -> Result:
+        """Return what is published: the worker's output, our own documents, and the merged weights."""
+        result, metrics = finished.result, documents.metrics(finished)
+        files, verification = self._files(finished), None
+        stored: tuple[ManifestFile, ...] = ()
+        if product is not None:
+            model = replace(finished, result=result.model_copy(update={"kind": "Model"}))
+            card = self.settings.work / OUTPUT_FOLDER / "merged-model.md"
+            card.write_text(documents.card(model), encoding="utf-8")
+            files = {**files, **product.local, f"{MERGED_FOLDER}/README.md": card}
+            stored, verification = product.stored, product.verification.document()
+            metrics = {**metrics, "merge": product.plan.document()}
+        writer = self.settings.writer
+        return Result(finished.run_key, writer, result.kind, result.root, files, metrics, stored, verification)
 
     def _files(self, finished: documents.Finished) -> dict[str, Path]:
         """Return what is published, by name, after adding our own documents to the worker's output."""
@@ -250,7 +316,6 @@ class _Training:
         (output / "run.json").write_text(documents.run_json(finished), encoding="utf-8")
         shutil.copyfile(work / METRICS_FILE, output / METRICS_FILE)
         self.trackers.add_files(output)
-        self.log.say(f"trained: {finished.result.steps} steps in {finished.result.train_seconds:.0f} s")
         self.attempt.keep_log(output)
         return publish.output_files(output)
 

@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field
 
 from tunewright_api.base import AdapterUri, Duration, ModelUri, Quantity, Rule, SpecModel
 from tunewright_api.v1alpha1.finetunejob import NAME_RULES, HubOutput, Metadata, Output, Retry, immutable
+from tunewright_api.v1alpha1.merged import DEFAULT_MAX_SHARD_SIZE, GgufTypes, ShardSize
 from tunewright_api.v1alpha1.parts import ArtifactRef, DType, HubRef, StorageRef
 from tunewright_api.v1alpha1.pod import Pod
 
@@ -15,14 +16,11 @@ KIND = "AdapterMerge"
 PLURAL = "adaptermerges"
 CombinationType = Literal["Linear", "Concatenate", "SVD", "TIES", "DARE", "MagnitudePrune"]
 QuantizedBase = Literal["Original", "Dequantized"]
-GgufType = Literal["F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M"]
 WITH_DENSITY = ("TIES", "DARE", "MagnitudePrune")
 DEFAULT_DENSITY = 0.5
 """Share of the values kept by TIES, DARE and MagnitudePrune: half of them, where nobody says otherwise."""
 DEFAULT_SEED = 42
 """Of DARE, which drops values at random: the same merge gives the same weights."""
-DEFAULT_MAX_SHARD_SIZE = "5GB"
-"""What transformers writes too."""
 DEFAULT_MAX_LORA_RANK = 16
 """vLLM's own `--max-lora-rank`."""
 
@@ -83,8 +81,8 @@ class Combination(SpecModel):
     type: CombinationType = Field(
         default="Concatenate",
         description="Concatenate adds the weighted changes exactly, at the sum of the ranks; Linear adds weighted "
-        "matrices of one rank, which only comes near that; SVD brings that sum to one rank; TIES (Yadav et al. 2023), DARE (Yu et al. 2023) and "
-        "MagnitudePrune drop a part of the values first.",
+        "matrices of one rank, which only comes near that; SVD brings that sum to one rank; TIES (Yadav et al. 2023), "
+        "DARE (Yu et al. 2023) and MagnitudePrune drop a part of the values first.",
     )
     density: Annotated[float, Field(gt=0, le=1)] | None = Field(
         default=None, description="Share of the values that TIES, DARE and MagnitudePrune keep. Default: 0.5."
@@ -141,7 +139,7 @@ class Verification(SpecModel):
 class Export(SpecModel):
     """Other forms of the merged model."""
 
-    gguf: list[GgufType] = Field(min_length=1, max_length=6, description="GGUF files for llama.cpp, one of each type.")
+    gguf: GgufTypes = Field(description="GGUF files for llama.cpp, one of each type.")
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -173,7 +171,6 @@ class MergeResources(SpecModel):
     )
 
 
-SHARD_SIZE = r"^[1-9][0-9]{0,5}(MB|GB)$"
 MERGE_REQUIRED_IMMUTABLE = ("adapters", "output")
 MERGE_OPTIONAL_IMMUTABLE = (
     "base", "combination", "quantizedBase", "dtype", "maxShardSize", "verification", "export", "storage", "hub",
@@ -203,7 +200,7 @@ class AdapterMergeSpec(SpecModel):
         "quantization, which the adapter was trained on.",
     )
     dtype: DType = Field(default="Auto", description="Number format of the merged weights. Auto keeps the base's.")
-    max_shard_size: Annotated[str, Field(pattern=SHARD_SIZE, max_length=8)] = Field(
+    max_shard_size: ShardSize = Field(
         default=DEFAULT_MAX_SHARD_SIZE, description="Largest file of weights, such as 500MB or 5GB (decimal)."
     )
     verification: Verification | None = Field(default=None, description="What the merged model is tried with.")
@@ -261,8 +258,3 @@ class AdapterMerge(SpecModel):
     status: dict[str, Any] | None = None
 
     RULES: ClassVar[tuple[Rule, ...]] = NAME_RULES
-
-
-def bytes_of(shard_size: str) -> int:
-    """Return the bytes of a size such as 500MB or 5GB (decimal, as transformers counts)."""
-    return int(shard_size[:-2]) * {"MB": 10**6, "GB": 10**9}[shard_size[-2:]]

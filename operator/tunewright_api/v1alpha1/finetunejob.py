@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from tunewright_api.base import Duration, HubBranch, HubRepository, OutputUri, Quantity, Rule, SpecModel
+from tunewright_api.v1alpha1.merged import MergedOutput
 from tunewright_api.v1alpha1.method import Method
 from tunewright_api.v1alpha1.objective import Objective
 from tunewright_api.v1alpha1.parts import Dataset, Evaluation, HubRef, Hyperparameters, Model, StorageRef
@@ -62,6 +63,15 @@ class Output(SpecModel):
     )
     hub: HubOutput | None = Field(
         default=None, description="Also push the adapter or model with its model card to the Hub, once it is published."
+    )
+
+
+class TrainOutput(Output):
+    """Where the result of a training goes, and as what."""
+
+    merge: MergedOutput | None = Field(
+        default=None,
+        description="Also publish the base model with the adapter merged into it; LoRA, QLoRA and IA3 only.",
     )
 
 
@@ -155,7 +165,7 @@ class FineTuneJobSpec(SpecModel):
     method: Method
     hyperparameters: Hyperparameters | None = Field(default=None, description="Training arguments.")
     evaluation: Evaluation | None = Field(default=None, description="When to evaluate.")
-    output: Output
+    output: TrainOutput
     storage: StorageRef | None = Field(default=None, description="The S3 service and its credentials.")
     hub: HubRef | None = Field(default=None, description="The Hugging Face Hub and its token.")
     resources: Resources | None = Field(

@@ -33,6 +33,8 @@ FORMATS: dict[ObjectiveType, tuple[DataFormat, ...]] = {
 """Formats that an objective can learn from; Auto chooses among them."""
 CONTINUED_METHODS: tuple[MethodType, ...] = ("LoRA", "QLoRA", "IA3")
 """Methods that can go on from an adapter; peft does not train a loaded prefix or prompt any further."""
+MERGED_METHODS: tuple[MethodType, ...] = ("LoRA", "QLoRA", "IA3")
+"""Methods whose adapters can be merged into the base's weights."""
 WITH_HEAD: tuple[ObjectiveType, ...] = ("Reward", "Classification")
 """Objectives whose models have a head on the last token; the others' write tokens."""
 COMPARED_WITH_START: tuple[ObjectiveType, ...] = ("DPO", "KTO", "GRPO", "PPO")
@@ -211,6 +213,17 @@ _FSDP_RULES = (
 )
 
 SPEC_RULES: tuple[Rule, ...] = (
+    Rule(
+        f"!has(self.output.merge) || self.method.type in [{_listed(MERGED_METHODS)}]",
+        "output.merge is only for LoRA, QLoRA and IA3: Full publishes a whole model anyway, and virtual tokens change "
+        "no weights that they could be merged into",
+        lambda s: s.output.merge is None or s.method.type in MERGED_METHODS,
+    ),
+    Rule(
+        f"!has(self.output.merge) || !has(self.output.merge.gguf) || !({_OBJECTIVE} in [{_listed(WITH_HEAD)}])",
+        "output.merge.gguf needs a model that writes text: it is not for objectives Reward and Classification",
+        lambda s: s.output.merge is None or s.output.merge.gguf is None or type_of(s.objective) not in WITH_HEAD,
+    ),
     Rule(
         "!has(self.evaluation) || has(self.dataset.validation) || has(self.dataset.validationFraction) || "
         "((!has(self.evaluation.strategy) || self.evaluation.strategy == 'None') && "

@@ -120,10 +120,10 @@ def test_several_nodes_are_spelt_out(run: Run) -> None:
     """How many processes there are, what they take per step together, and the Service by which they find each other."""
     example = EXAMPLES / "sft-lora-multi-node.yaml"
     text = run("plan", "-f", example).stdout
-    assert "Scale: 2 nodes with 1 process each, global batch 8" in text
+    assert "Scale: 2 nodes with 1 process each, DDP, global batch 8" in text
     assert "Service and Job that the operator creates for the first attempt" in text
     document = json.loads(run("plan", "-f", example, "--output", "json").stdout)
-    assert document["scale"] == {"nodes": 2, "processesPerNode": 1, "globalBatchSize": 8}
+    assert document["scale"] == {"nodes": 2, "processesPerNode": 1, "parallelism": "DDP", "globalBatchSize": 8}
     service, pod = document["service"], document["job"]["spec"]["template"]
     assert service["metadata"]["name"] == pod["spec"]["subdomain"] == "ftj-docstrings-lora-multi-node-train-1"
     assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()

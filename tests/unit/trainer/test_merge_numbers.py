@@ -19,7 +19,7 @@ def bits(pattern: int) -> np.float32:
 
 def nearest_bfloat16(value: float) -> int:
     """Round to bfloat16 by exact arithmetic, ties to even; returns the 16 bits."""
-    pattern = struct.unpack("<I", struct.pack("<f", value))[0]
+    pattern: int = struct.unpack("<I", struct.pack("<f", value))[0]
     below = pattern >> 16
     low, high = (Fraction(float(bits(p << 16))) for p in (below, below + 1))
     exact = Fraction(value)

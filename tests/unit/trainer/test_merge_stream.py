@@ -34,8 +34,8 @@ from tunewright_trainer.transfer import Stop
 
 K = "model.layers.0.self_attn.k_proj.weight"
 EMBEDDING = "model.embed_tokens.weight"
-TRAINED: Tensors = {A: normal(2, 6, seed=1), B: normal(4, 2, seed=2)}
-DELTA = 2 * TRAINED[B] @ TRAINED[A]  # type: ignore[operator]
+TRAINED: dict[str, Any] = {A: normal(2, 6, seed=1), B: normal(4, 2, seed=2)}
+DELTA = 2 * TRAINED[B] @ TRAINED[A]
 
 
 def halves(array: Any) -> tuple[str, Any]:
@@ -56,7 +56,7 @@ def bytes_of(folder: Path) -> dict[str, str]:
 
 def test_the_delta_is_added_and_the_rest_copied(tmp_path: Path, adapter: Path) -> None:
     """One tensor changes, all others keep their bytes; the findings say by how much."""
-    base = {Q: normal(4, 6), K: normal(4, 6), "positions": np.arange(5), NORM: normal(6)}
+    base: dict[str, Any] = {Q: normal(4, 6), K: normal(4, 6), "positions": np.arange(5), NORM: normal(6)}
     write_model(tmp_path / "base", base)
     findings = merge_folders(tmp_path / "base", adapter, tmp_path / "merged")
     merged = read_file(tmp_path / "merged/model.safetensors")
@@ -76,7 +76,7 @@ def test_the_delta_is_added_and_the_rest_copied(tmp_path: Path, adapter: Path) -
 )
 def test_there_is_one_rounding(tmp_path: Path, adapter: Path, dtype: Any, stored: str) -> None:
     """The sum is made in float32 and rounded once to the output's format; integers stay what they are."""
-    base = {Q: halves(normal(4, 6)), NORM: halves(normal(6)), "positions": np.arange(5)}
+    base: dict[str, Any] = {Q: halves(normal(4, 6)), NORM: halves(normal(6)), "positions": np.arange(5)}
     write_model(tmp_path / "base", base, config={"dtype": "bfloat16", "text_config": {"torch_dtype": "bfloat16"}})
     findings = merge_folders(tmp_path / "base", adapter, tmp_path / "merged", dtype=dtype)
     merged = read_file(tmp_path / "merged/model.safetensors")
@@ -92,7 +92,7 @@ def test_there_is_one_rounding(tmp_path: Path, adapter: Path, dtype: Any, stored
 
 def test_blocks_and_spans_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The result is the same, byte for byte, however tensors are cut for reading and for computing."""
-    base = {EMBEDDING: halves(normal(50, 8)), Q: halves(normal(33, 8)), NORM: halves(normal(8))}
+    base: dict[str, Any] = {EMBEDDING: halves(normal(50, 8)), Q: halves(normal(33, 8)), NORM: halves(normal(8))}
     write_model(tmp_path / "base", base)
     prefix = "base_model.model.model.embed_tokens"
     trained = {
@@ -134,7 +134,7 @@ def test_a_second_merge_gives_the_same_bytes(tmp_path: Path, adapter: Path) -> N
 )
 def test_shards(tmp_path: Path, adapter: Path, limit: int, files: list[str]) -> None:
     """Files are filled in the base's order up to the limit; an index names every tensor's file and the sum of bytes."""
-    base = {Q: normal(4, 6), K: normal(4, 6), NORM: normal(6), "positions": np.arange(3)}
+    base: dict[str, Any] = {Q: normal(4, 6), K: normal(4, 6), NORM: normal(6), "positions": np.arange(3)}
     write_model(tmp_path / "base", {Q: base[Q], K: base[K]}, {NORM: base[NORM], "positions": base["positions"]})
     findings = merge_folders(tmp_path / "base", adapter, tmp_path / "merged", max_shard_bytes=limit)
     assert [file.name for file in findings.files if file.name.endswith(".safetensors")] == files
@@ -281,7 +281,7 @@ def test_a_classifier_gets_the_token_that_training_padded_with(tmp_path: Path) -
 
 def test_empty_tensors_and_numbers_without_dimensions(tmp_path: Path, adapter: Path) -> None:
     """Rare shapes go through."""
-    base = {Q: normal(4, 6), "empty": np.zeros((0, 3), np.float32), "scalar": np.array(2.5, np.float32)}
+    base: dict[str, Any] = {Q: normal(4, 6), "empty": np.zeros((0, 3), np.float32), "scalar": np.array(2.5, np.float32)}
     write_model(tmp_path / "base", base)
     merge_folders(tmp_path / "base", adapter, tmp_path / "merged", dtype="BFloat16")
     merged = read_file(tmp_path / "merged/model.safetensors")

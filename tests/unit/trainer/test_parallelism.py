@@ -8,10 +8,11 @@ import pytest
 
 from tests.trainer.kit import make_run
 from tunewright_api.run_config import TrainRun, run_key
+from tunewright_trainer.errors import InvalidConfiguration
 from tunewright_trainer.parallelism import Parallelism, choose_parallelism, training_bytes
 
 BILLION = 10**9
-SPEC = {
+SPEC: dict[str, Any] = {
     "model": {"uri": "hf://org/model"},
     "dataset": {"train": [{"uri": "s3://datasets/train.jsonl"}]},
     "output": {"uri": "s3://models/out"},
@@ -72,6 +73,34 @@ def test_auto_does_not_spread_what_fsdp_does_not_train(case: str) -> None:
     assert not found.sharded
     assert case in found.reason
     assert "is not trained with FSDP" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("adapter", "named"),
+    [({"modules_to_save": ["score", "lm_head"]}, "with lm_head in it"), ({"bias": "all"}, "with bias terms in it")],
+)
+def test_adapters_that_changed_the_base(adapter: dict[str, Any], named: str) -> None:
+    """An adapter to go on from that has weights of the base in it keeps Auto from FSDP, and is refused with FSDP."""
+    of: dict[str, Any] = {"parameters": 70 * BILLION, "weight_bytes": 2, "gpu_bytes": 80 * BILLION, "adapter": adapter}
+    found = choose_parallelism(run_of(), **of)
+    assert found is not None
+    assert not found.sharded
+    assert named in found.reason
+    with pytest.raises(InvalidConfiguration, match=f"{named} is not trained with it: set it to DDP or Auto"):
+        choose_parallelism(run_of("FSDP"), **of)
+
+
+def test_adapters_with_a_head() -> None:
+    """The head of a reward model or a classifier is spread like the rest."""
+    of: dict[str, Any] = {
+        "parameters": 1,
+        "weight_bytes": 2,
+        "gpu_bytes": None,
+        "adapter": {"modules_to_save": ["score"]},
+    }
+    found = choose_parallelism(run_of("FSDP"), **of)
+    assert found is not None
+    assert found.sharded
 
 
 def test_auto_without_gpus() -> None:

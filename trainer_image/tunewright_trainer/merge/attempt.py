@@ -16,8 +16,8 @@ from tunewright_api.merge_run import MergeRun, merge_run_key
 from tunewright_api.run_report import MergePlan, MergeVerification, PinnedAdapter, Progress, RunReport
 from tunewright_trainer import model_files, publish, reports
 from tunewright_trainer.artifact import MAX_DOCUMENT_BYTES
-from tunewright_trainer.attempt import Attempt, Unpublished
-from tunewright_trainer.errors import InvalidAdapter, InvalidModel, Stalled, TrainerError
+from tunewright_trainer.attempt import Attempt
+from tunewright_trainer.errors import InvalidAdapter, InvalidModel, Stalled
 from tunewright_trainer.inputs import ModelInput
 from tunewright_trainer.merge import documents
 from tunewright_trainer.merge.adapter import load_adapter
@@ -75,17 +75,13 @@ class _Merge:
         self.attempt = Attempt(run, settings, OWN)
         self.log, self.stop, self.tracker = self.attempt.log, self.attempt.stop, self.attempt.tracker
         self.storage, self.together = self.attempt.storage, self.attempt.together
-        self.unpublished = Unpublished(self.attempt)
         self.attempt.watch = self._watch
         self._seen: tuple[Progress | None, int, float] = (None, 0, time.monotonic())
         self.notes: list[str] = []
 
     def execute(self) -> RunReport:
-        """Run all steps, take away what will never be a result, and leave the report."""
-        return self.attempt.execute(self._steps, self._clean_up)
-
-    def _clean_up(self, error: TrainerError | None) -> None:
-        self.unpublished.remove()
+        """Run all steps and leave the report."""
+        return self.attempt.execute(self._steps, lambda error: None)
 
     def _watch(self) -> None:
         """Notice a stop, and a merge that does not go on."""
@@ -134,7 +130,7 @@ class _Merge:
         return self._publish_model(adapters, base, product)
 
     def _make(self, order: MergeOrder, vllm: list[str] | None) -> Product:
-        with self.unpublished.writing():
+        with self.attempt.unpublished.writing():
             return Producer(self.attempt, order, self.notes).make(vllm)
 
     def _find(self) -> tuple[list[AdapterInput], ModelInput | None]:
@@ -325,8 +321,6 @@ class _Merge:
             (output / name).write_text(text, encoding="utf-8")
         self.attempt.keep_log(output)
         files = {**files, **publish.output_files(output)}
-        size = sum(path.stat().st_size for path in files.values())
-        self.tracker.enter("Publishing", f"{size / 1e6:.1f} MB to {self.run.output_uri}", size)
         result = Result(
             finished.run_key,
             self.settings.writer,
@@ -337,8 +331,7 @@ class _Merge:
             product.stored if product is not None else (),
             finished.verification.document(),
         )
-        (outcome,) = self.together(partial(self._store, result))
-        published, others = outcome
+        published, others = self.attempt.publish(result)
         if others:
             return self.attempt.cached(published)
         self.log.say(f"published: {published.output.uri}")
@@ -350,14 +343,6 @@ class _Merge:
             self.attempt.keep_report(report)
         self.tracker.enter("Finished", published.output.uri)
         return report
-
-    def _store(self, result: Result) -> tuple[Published, bool]:
-        with self.unpublished.writing():
-            advance = partial(self.tracker.advance, "Publishing")
-            manifest = publish.store(self.storage, self.run.output_uri, result, advance)
-            self.stop.check()
-            self.unpublished.keep()
-            return publish.make_valid(self.storage, self.run.output_uri, manifest, self.log.say)
 
     def _local_copy(self, published: Published) -> Path:
         """Return a folder with the result, for the Hub."""

@@ -14,7 +14,10 @@ from typing import Any
 
 from tunewright_api.manifest import Manifest, ManifestFile
 from tunewright_api.merge_run import MergeRun
+from tunewright_api.run_config import HubSettings
 from tunewright_api.v1alpha1.adaptermerge import MergeBase
+from tunewright_api.v1alpha1.merged import bytes_of
+from tunewright_trainer import inputs
 from tunewright_trainer.artifact import RUN_DOCUMENT, download_artifact, find_manifest, read_document
 from tunewright_trainer.errors import CorruptArtifact, InvalidAdapter, InvalidModel, VerificationFailed, WorkerFailure
 from tunewright_trainer.merge.adapter import load_adapter
@@ -73,7 +76,7 @@ class PublishedResult:
     @property
     def is_merge(self) -> bool:
         """Whether an AdapterMerge made it."""
-        return self.document.get("run", {}).get("kind") == "MergeRun"
+        return bool(self.document.get("run", {}).get("kind") == "MergeRun")
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,22 @@ def _one_adapter(run: MergeRun, adapters: list[AdapterInput], tools: Tools) -> P
 
 
 def _reference_of_training(result: PublishedResult, tools: Tools) -> Reference:
-    raise NotImplementedError
+    """Return adapter and base of a training that published both adapter and merged model (output.merge)."""
+    document = result.document
+    hub, wanted = HubSettings.model_validate(document["run"].get("hub", {})), document["run"]["merge"]
+    uri, version = document["inputs"]["model"]["uri"], document["inputs"]["model"]["version"]
+    base = inputs.find_model_at(uri, _commit(document["inputs"]["model"]), hub, tools.storage, tools.stop)
+    _same("base", [version], [base.version])
+    adapter = tools.work / "adapter"
+    download_artifact(join(result.folder, result.manifest.root), adapter, tools.storage)
+    return Reference(
+        base=fetch_base(base, hub, tools.work / "base", tools.stop, ignore),
+        adapter=adapter,
+        dtype=wanted["dtype"],
+        max_shard_bytes=bytes_of(wanted["maxShardSize"]),
+        dequantized=None,
+        outputs=document.get("outputs"),
+    )
 
 
 class _Hashing:

@@ -161,7 +161,7 @@ def _write(tensor: MergedTensor, dtype: str, take: Take, write: Write, outcome: 
                 outcome.changed = outcome.changed or not np.array_equal(result, from_float32(old, dtype))
                 outcome.base_squares += squares(old)
                 outcome.delta_squares += squares(np.subtract(new, old, out=old))
-            write(memoryview(result.reshape(-1)).cast("B"))
+            write(result.reshape(-1).data.cast("B"))
 
 
 def _request(source: Source, grid: Grid, first: int, last: int) -> Request:

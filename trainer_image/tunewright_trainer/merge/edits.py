@@ -158,8 +158,9 @@ class Magnitude(_Simple):
         """Stretch the rows or columns."""
         if self.scans:
             return block * (self._magnitude / np.sqrt(self._squares).astype(np.float32))
-        norms = np.sqrt(np.einsum("rc,rc->r", block, block))
-        return block * (self._magnitude[first : first + len(block)] / norms)[:, None]
+        norms: Float32 = np.sqrt(np.einsum("rc,rc->r", block, block))
+        factors: Float32 = self._magnitude[first : first + len(block)] / norms
+        return block * factors[:, None]
 
 
 class Scale(_Simple):

@@ -27,8 +27,9 @@ _FP4 = (0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2, -3)
 @cache
 def code_of(kind: Kind) -> Float32:
     """Return the 16 numbers that a format has, by bit pattern."""
-    numbers = np.array(_NF4 if kind == "NF4" else _FP4, np.float32)
-    return numbers / np.abs(numbers).max()
+    numbers: Float32 = np.array(_NF4 if kind == "NF4" else _FP4, np.float32)
+    numbers /= np.abs(numbers).max()
+    return numbers
 
 
 @cache
@@ -78,7 +79,8 @@ def quantized(values: Float32, scales: Float32, kind: Kind) -> Float32:
     chosen = table[scaled.view(np.uint32) >> 16]
     unclear = np.flatnonzero(chosen == _UNCLEAR)
     chosen[unclear] = np.searchsorted(bounds, scaled[unclear])
-    return code[order][chosen]
+    result: Float32 = code[order][chosen]
+    return result
 
 
 def dequantized(multiples: Float32, scales: Float32, block: int = BLOCK) -> Float32:

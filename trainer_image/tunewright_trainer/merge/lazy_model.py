@@ -176,7 +176,8 @@ def build_empty(kind: Any, config: PreTrainedConfig) -> PreTrainedModel:
     model.config.use_cache = False
     # Classifiers look at the last token before the padding, which no prompt has here.
     model.config.pad_token_id = -1
-    return model.eval()
+    model.eval()
+    return model
 
 
 def own_name(name: str) -> str:

@@ -92,10 +92,11 @@ def check_files(model: PreTrainedModel, merged: Files, base: Files) -> None:
     Raises:
         VerificationFailed: Something is missing, left over, or of another shape.
     """
-    named = (model.config.architectures or [None])[0]
-    if named != type(model).__name__:
+    named = model.config.architectures or []
+    if named[:1] != [type(model).__name__]:
         raise VerificationFailed(
-            f"config.json of the merged model names the class {named}, but the adapter is one of {type(model).__name__}"
+            f"config.json of the merged model names the class {listed_names(named)}, but the adapter is one of "
+            f"{type(model).__name__}"
         )
     report = _loading_report(model, merged.checkpoint)
     # What the base has too much, such as buffers that older versions saved, is copied like everything else.
@@ -115,7 +116,7 @@ def _loading_report(model: PreTrainedModel, checkpoint: Checkpoint) -> Mapping[s
         name: torch.empty(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype], device="meta")
         for name, tensor in checkpoint.tensors.items()
     }
-    _, report = type(model).from_pretrained(
+    loaded: Any = type(model).from_pretrained(
         None,
         config=model.config,
         state_dict=tensors,
@@ -124,7 +125,7 @@ def _loading_report(model: PreTrainedModel, checkpoint: Checkpoint) -> Mapping[s
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
-    return dict(report)
+    return dict(loaded[1])
 
 
 def listed_names(names: Sequence[str]) -> str:

@@ -35,6 +35,7 @@ from torch.nn.functional import kl_div, log_softmax
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tunewright_trainer.errors import InvalidAdapter, InvalidModel, VerificationFailed
+from tunewright_trainer.merge.changes import BaseQuantization
 from tunewright_trainer.merge.checkpoint import Checkpoint
 from tunewright_trainer.merge.lazy_model import (
     TORCH_DTYPES,
@@ -58,7 +59,6 @@ from tunewright_trainer.merge.loading import (
     model_class,
     probe_ids,
 )
-from tunewright_trainer.merge.stream import BaseQuantization
 from tunewright_trainer.merge.verification import LogitsOutcome, LogitsTask, open_location
 from tunewright_trainer.storage import Storage
 
@@ -328,7 +328,8 @@ def quantized_and_back(weight: torch.Tensor, dtype: torch.dtype, quantization: B
     """
     if quantization.bits == 8:
         rows, scales, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
-        return functional.int8_vectorwise_dequant(rows, scales).to(dtype).float()
+        whole: torch.Tensor = functional.int8_vectorwise_dequant(rows, scales).to(dtype).float()
+        return whole
     kind = quantization.type.lower()
     packed, state = functional.quantize_4bit(
         weight.to(dtype), quant_type=kind, compress_statistics=quantization.double_quant

@@ -7,7 +7,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Float32 = NDArray[np.float32]
+Float32 = NDArray[Any]
+"""An array of float32; numpy's own types lose track of it in arithmetic with numbers."""
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Bytes of the formats that numbers are computed from."""
@@ -54,9 +55,10 @@ def from_bytes(data: bytes | memoryview, dtype: str) -> NDArray[Any]:
 
 def to_float32(values: NDArray[Any], dtype: str) -> Float32:
     """Return numbers of a format (as `from_bytes` gives them) in float32, in memory of their own."""
-    if dtype == "BF16":
-        return np.left_shift(values, 16, dtype=np.uint32).view(np.float32)
-    return values.astype(np.float32)
+    if dtype != "BF16":
+        return values.astype(np.float32)
+    wide: Float32 = np.left_shift(values, 16, dtype=np.uint32).view(np.float32)
+    return wide
 
 
 def from_float32(values: Float32, dtype: str) -> NDArray[Any]:

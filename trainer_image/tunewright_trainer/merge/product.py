@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from tunewright_api.manifest import ManifestFile
 from tunewright_api.run_report import MergePlan, MergeVerification
-from tunewright_api.v1alpha1.adaptermerge import GgufType
+from tunewright_api.v1alpha1.merged import GgufType
 from tunewright_trainer.attempt import Attempt
 from tunewright_trainer.errors import DiskFull
 from tunewright_trainer.merge import gate

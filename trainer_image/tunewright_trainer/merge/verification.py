@@ -11,9 +11,9 @@ from pydantic.alias_generators import to_camel
 
 from tunewright_api.run_config import PVC_MOUNT_ROOT, StorageSettings
 from tunewright_api.run_report import Finite
+from tunewright_trainer.merge.changes import BaseQuantization
 from tunewright_trainer.merge.child import Step, run_child
 from tunewright_trainer.merge.readers import FolderReader, Reader, StorageReader
-from tunewright_trainer.merge.stream import BaseQuantization
 from tunewright_trainer.run_log import RunLog
 from tunewright_trainer.storage import Storage
 from tunewright_trainer.transfer import Stop, StoredFile
