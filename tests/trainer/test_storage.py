@@ -17,7 +17,7 @@ from tests.cluster.s3 import S3Server
 from tests.s3_proxy import Proxy, proxied
 from tests.trainer.kit import Bucket
 from tests.trainer.s3_fixtures import bucket, make_storage, server, shared_bucket, storage
-from tunewright_trainer import s3
+from tunewright_trainer import s3, s3_writer
 from tunewright_trainer.errors import (
     AccessDenied,
     EndpointUnreachable,
@@ -55,7 +55,7 @@ def fetch(storage: Storage, bucket: Bucket, key: str, target: Path, sizes: list[
     return target
 
 
-@pytest.mark.parametrize("size", [0, 1, 5_000_000, s3.PART_BYTES, 2 * s3.PART_BYTES + 7])
+@pytest.mark.parametrize("size", [0, 1, 5_000_000, s3_writer.PART_BYTES, 2 * s3_writer.PART_BYTES + 7])
 def test_a_file_goes_up_and_comes_back(storage: Storage, bucket: Bucket, tmp_path: Path, size: int) -> None:
     """Bytes are the same after a round trip, in one part or many, and progress adds up both ways."""
     source = tmp_path / "source"
@@ -243,7 +243,7 @@ def test_a_disturbance_is_waited_out(bucket: Bucket, proxy: Proxy, tmp_path: Pat
 
 def test_a_truncated_download_is_fetched_again(bucket: Bucket, proxy: Proxy, tmp_path: Path) -> None:
     """A body that ends early is noticed, and only its part comes again."""
-    content = os.urandom(s3.PART_BYTES + 1000)
+    content = os.urandom(s3_writer.PART_BYTES + 1000)
     bucket.put("big", content)
     sizes: list[int] = []
     storage = make_storage(proxy.endpoint)
