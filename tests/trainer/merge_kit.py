@@ -101,7 +101,8 @@ def make_base(folder: Path, name: str, kind: str = "CAUSAL_LM", **save: Any) -> 
 
 def load(folder: Path, kind: str = "CAUSAL_LM", **settings: Any) -> PreTrainedModel:
     """Load a model in evaluation mode, float32; nothing may be missing from the files, unless settings say so."""
-    model, info = KINDS[kind].from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **settings)
+    given = {"dtype": torch.float32, **settings}
+    model, info = KINDS[kind].from_pretrained(folder, output_loading_info=True, **given)
     if not settings:
         assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     model.eval()

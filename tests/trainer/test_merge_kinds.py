@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import IA3Config, LoraConfig, PeftConfig, TrainableTokensConfig
 
-from tests.trainer.merge_kit import assert_equal_to_peft, make_base, run_case
+from tests.trainer.merge_kit import assert_equal_to_peft, load, make_base, run_case
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -106,3 +107,31 @@ def test_a_merge_equals_pefts(bases: dict[str, Path], tmp_path: Path, name: str)
     assert_equal_to_peft(case)
     assert case.findings.unchanged == ()
     assert case.findings.adapter_tensors > 0
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "ia3", "gpt2", "qwen3-moe-experts", "modules-to-save"])
+def test_a_merge_in_16_bits_is_rounded_once(bases: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """In bfloat16 every number is the nearest one to peft's float32 result, or, where that is near the middle of two,
+    its neighbour."""
+    base, config = CASES[name]
+    case = run_case(bases[base], tmp_path, config, dtype="BFloat16")
+    merged = load(case.merged, dtype=torch.bfloat16).state_dict()
+    for key, exact in case.reference.items():
+        ours, nearest = merged[key], exact.to(torch.bfloat16)
+        steps = (ours.view(torch.int16).int() - nearest.view(torch.int16).int()).abs()
+        assert steps.max() <= 1, key
+        assert (steps > 0).float().mean() < 0.001, key
+    assert case.config()["dtype"] == "bfloat16"
+
+
+def test_a_merge_does_not_depend_on_the_files(bases: dict[str, Path], tmp_path: Path) -> None:
+    """A base in many shards gives the tensors that one in a single file gives, and has an index that loads."""
+    base, config = CASES["patterns"]
+    one = run_case(bases[base], tmp_path / "one", config)
+    sharded = make_base(tmp_path / "base", "llama", max_shard_size="20KB")
+    assert (sharded / "model.safetensors.index.json").exists()
+    many = run_case(sharded, tmp_path / "many", config, max_shard_bytes=20_000)
+    assert (many.merged / "model.safetensors.index.json").exists()
+    expected = load(one.merged).state_dict()
+    for name, tensor in assert_equal_to_peft(many).state_dict().items():
+        assert torch.equal(tensor, expected[name]), name

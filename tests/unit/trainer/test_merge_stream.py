@@ -174,6 +174,17 @@ def test_an_adapter_that_changes_nothing_is_told(tmp_path: Path) -> None:
     ).read_bytes()[-96:]
 
 
+def test_a_bias_of_zeros_cannot_change(tmp_path: Path) -> None:
+    """IA3 multiplies the bias of a layer as well; one that is 0 everywhere stays 0, which is no fault."""
+    bias = f"{Q.removesuffix('weight')}bias"
+    write_model(tmp_path / "base", {Q: normal(4, 6), bias: np.zeros(4, np.float32)})
+    trained = {f"base_model.model.{Q.removesuffix('.weight')}.ia3_l": 1 + normal(4, 1)}
+    adapter = write_adapter(tmp_path / "adapter", trained, {"peft_type": "IA3"})
+    findings = merge_folders(tmp_path / "base", adapter, tmp_path / "merged")
+    assert [change.name for change in findings.changes] == [Q]
+    assert findings.unchanged == ()
+
+
 @pytest.mark.parametrize(
     ("base", "trained", "dtype", "name"),
     [

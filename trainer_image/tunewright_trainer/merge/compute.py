@@ -24,8 +24,8 @@ from tunewright_trainer.merge.plan import MergedTensor
 from tunewright_trainer.merge.prefetch import SPAN_BYTES, Request
 from tunewright_trainer.merge.sources import Source
 
-_COMPUTED_ELEMENTS = 256 * 1024
-"""Numbers that are worked on at once: a few megabytes in all, which stay in the processor's cache."""
+_COMPUTED_ELEMENTS = 128 * 1024
+"""Numbers that are worked on at once: some arrays of half a megabyte, which stay in the processor's cache."""
 
 Take = Callable[[Request], memoryview]
 Write = Callable[[memoryview], None]

@@ -15,6 +15,7 @@ from tunewright_trainer.merge.adapter import Adapter
 from tunewright_trainer.merge.changes import BaseQuantization
 from tunewright_trainer.merge.checkpoint import Checkpoint
 from tunewright_trainer.merge.compute import Outcome, requests_of, write_tensor
+from tunewright_trainer.merge.edits import Scale
 from tunewright_trainer.merge.numbers import OUTPUT_DTYPES
 from tunewright_trainer.merge.plan import Plan, plan_merge
 from tunewright_trainer.merge.prefetch import Prefetcher
@@ -163,6 +164,8 @@ def _findings(
         if tensor.kind == "Copied":
             same = tensor.source.is_plain and tensor.source.dtype == dtype
             copied, converted = copied + same, converted + (not same)
+        elif tensor.kind == "Delta" and not outcome.base_squares and all(isinstance(e, Scale) for e in tensor.edits):
+            copied += 1  # 0 times anything is 0: a bias that the base has and never used
         elif tensor.kind == "Delta" or tensor.base is not None:
             kind: Literal["Delta", "Replaced"] = "Delta" if tensor.kind == "Delta" else "Replaced"
             changes.append(TensorChange(tensor.name, outcome.relative_delta, outcome.changed, kind))
