@@ -1,7 +1,7 @@
 """Builds the GGUF tools of the trainer image once, for the tests and for the image.
 
 Their source is the sdist of llama-cpp-python, pinned in constraints.txt: it carries the sources of llama.cpp, which
-has no release of its own in a registry. A cold build takes 6 minutes on 2 cores.
+has no release of its own in a registry. A cold build takes 4 minutes on 2 cores.
 """
 
 from __future__ import annotations
