@@ -16,6 +16,7 @@ from huggingface_hub import constants
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
+from tests.cluster import gguftools
 from tests.hub_server import HubServer, User
 from tests.trainer.kit import WRITER, Bucket
 from tests.trainer.merge_run_kit import (
@@ -35,6 +36,7 @@ from tunewright_trainer import supervisor
 from tunewright_trainer.merge import product
 from tunewright_trainer.merge.adapter import Adapter
 from tunewright_trainer.merge.checkpoint import Checkpoint
+from tunewright_trainer.merge.gguf_tools import TOOLS_VARIABLE
 from tunewright_trainer.merge.inputs import TrainedOn, find_adapter
 from tunewright_trainer.merge.sinks import StorageSink, WrittenFile
 from tunewright_trainer.merge.stream import MergeFindings, merge
@@ -144,12 +146,11 @@ def test_several_adapters_from_and_to_the_hub(
     hub.repositories["model", "org/base"].commit("main", "another model", "", {"config.json": b"{}"})
     (example,) = read_documents(EXAMPLE.read_text(), EXAMPLE.name)
     weights = [adapter["weight"] for adapter in example.content["spec"]["adapters"]]
-    adapters = []
-    for number, weight in enumerate(weights, 1):
-        upload_folder(
-            bucket, write_adapter(tmp_path / f"{number}", "org/base", seed=number, revision=commit), f"p{number}"
-        )
-        adapters.append({"uri": f"s3://tests/p{number}", "weight": weight})
+    folders = [write_adapter(tmp_path / f"{n}", "org/base", seed=n, revision=commit) for n in (1, 2)]
+    upload_folder(bucket, folders[0], "plain")
+    hub.add("model", "org/tone", {path.name: path.read_bytes() for path in folders[1].iterdir()})
+    uris = ("s3://tests/plain", "hf://org/tone")
+    adapters = [{"uri": uri, "weight": weight} for uri, weight in zip(uris, weights, strict=True)]
     here = {
         "maxShardSize": "8MB",
         "adapters": adapters,
@@ -230,6 +231,25 @@ spec:
     assert (
         Path(report["output"]["uri"], "chat_template.jinja").read_text() == (tiny / "chat_template.jinja").read_text()
     )
+
+
+def test_gguf_files_come_with_the_model(tiny: Path, tmp_path: Path) -> None:
+    """llama.cpp's files lie beside the model, in the same manifest, and the report says what each is worth."""
+    write_adapter(tmp_path / "adapter", str(tiny))
+    given = {"adapters": [{"uri": f"{tmp_path}/adapter"}], "output": {"uri": f"{tmp_path}/out"}}
+    document = merge_run(None, local=True, export={"gguf": ["Q8_0"]}, **given)
+    tools = {TOOLS_VARIABLE: str(gguftools.build().folder)}
+    report = supervisor.run(document, merge_settings(tmp_path / "work", local=True, environment=tools))
+    assert (report.exit_code, report.reason) == (0, "Succeeded"), report.message
+    assert report.output is not None
+    assert report.output.gguf_uris is not None
+    (uri,) = report.output.gguf_uris
+    assert uri == f"{tmp_path}/out/{report.run_key}/{WRITER}/gguf/support-bot-Q8_0.gguf"
+    assert Path(uri).read_bytes()[:4] == b"GGUF"
+    manifest = json.loads(Path(report.output.manifest_uri).read_text())
+    assert f"{WRITER}/gguf/support-bot-Q8_0.gguf" in [file["path"] for file in manifest["files"]]
+    assert "same most likely token" in " ".join(manifest["verification"]["notes"])
+    assert CliRunner().invoke(app, ["verify", f"{tmp_path}/out"]).exit_code == 0
 
 
 def wrong_scale(base: Checkpoint, adapter: Adapter, *arguments: Any, **options: Any) -> MergeFindings:
