@@ -127,6 +127,12 @@ def as_model(bucket: Bucket) -> None:
     bucket.put(key, json.dumps({**bucket.json(key), "kind": "Model"}))
 
 
+def lost_in_rounding(bucket: Bucket) -> None:
+    """Put a base of 16 bits there, and changes that are far smaller than its steps."""
+    bucket.put("base/model.safetensors", save({k: v.astype(np.float16) for k, v in base_tensors().items()}))
+    put_adapter(bucket, changed("lora_B", lambda t: t * np.float32(1e-7)))
+
+
 def nothing(bucket: Bucket) -> None:
     """Leave everything as it is."""
 
@@ -244,7 +250,7 @@ CASES: dict[str, tuple[Prepare, Spec, str, str]] = {
         "the merged model would be identical to the base of adapters[0]: s3://tests/plain: all of its changes are 0",
     ),
     "lost in rounding": (
-        lambda b: put_adapter(b, changed("lora_B", lambda t: t * np.float32(1e-14))),
+        lost_in_rounding,
         {},
         "VerificationFailed",
         "its changes are smaller than a rounding step: merge with dtype Float32",

@@ -236,7 +236,7 @@ spec:
 def test_gguf_files_come_with_the_model(tiny: Path, tmp_path: Path) -> None:
     """llama.cpp's files lie beside the model, in the same manifest, and the report says what each is worth."""
     write_adapter(tmp_path / "adapter", str(tiny))
-    given = {"adapters": [{"uri": f"{tmp_path}/adapter"}], "output": {"uri": f"{tmp_path}/out"}}
+    given: dict[str, Any] = {"adapters": [{"uri": f"{tmp_path}/adapter"}], "output": {"uri": f"{tmp_path}/out"}}
     document = merge_run(None, local=True, export={"gguf": ["Q8_0"]}, **given)
     tools = {TOOLS_VARIABLE: str(gguftools.build().folder)}
     report = supervisor.run(document, merge_settings(tmp_path / "work", local=True, environment=tools))
