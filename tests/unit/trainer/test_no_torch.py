@@ -25,15 +25,10 @@ def imports(blocked: tuple[str, ...], modules: str) -> None:
 
 def test_everything_of_the_supervisor_imports_without_torch() -> None:
     """Access and input errors come out in seconds because the training stack is never loaded."""
-<<<<<<< HEAD
     names = [
         *("__main__", "artifact", "supervisor", "s3", "hub", "http_server", "publish"),
         *("merge.attempt", "merge.after_training", "merge.audit", "merge.gguf", "merge.verification"),
     ]
-=======
-    names = ["__main__", "artifact", "supervisor", "s3", "hub", "http_server", "publish"]
-    names += ("merge.attempt", "merge.after_training", "merge.audit", "merge.gguf", "merge.verification")
->>>>>>> supervisor
     imports(HEAVY, ", ".join(f"tunewright_trainer.{name}" for name in names))
 
 
