@@ -41,12 +41,18 @@ class S3Target:
     def put(self, number: int, data: bytearray) -> None:
         """Store a part; see PartTarget."""
         if self._size_bytes <= self.part_bytes:
-            self._request(lambda: self._client.put_object(Bucket=self._bucket, Key=self._key, Body=data))
+            self._request(
+                lambda: self._client.put_object(Bucket=self._bucket, Key=self._key, Body=data)  # type: ignore[arg-type]
+            )
             return
         upload = self._upload_id()
         answer = self._request(
             lambda: self._client.upload_part(
-                Bucket=self._bucket, Key=self._key, UploadId=upload, PartNumber=number + 1, Body=data
+                Bucket=self._bucket,
+                Key=self._key,
+                UploadId=upload,
+                PartNumber=number + 1,
+                Body=data,  # type: ignore[arg-type]  # boto3 takes a bytearray, its stubs do not know
             )
         )
         self._tags[number + 1] = answer["ETag"]
