@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import warnings
@@ -120,8 +121,10 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 def adapt(model: PreTrainedModel, config: PeftConfig, seed: int = 1) -> PeftModel:
     """Put an adapter on a model and give it weights as if it were trained."""
+    torch.manual_seed(seed)
     with quiet():
-        adapted = get_peft_model(model, config)
+        # A copy: saving marks the configuration as one for inference, which would train nothing the next time.
+        adapted = get_peft_model(model, copy.deepcopy(config))
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad:

@@ -122,6 +122,7 @@ def test_a_merge_in_16_bits_is_rounded_once(bases: dict[str, Path], tmp_path: Pa
         assert steps.max() <= 1, key
         assert (steps > 0).float().mean() < 0.001, key
     assert case.config()["dtype"] == "bfloat16"
+    assert case.findings.unchanged == ()
 
 
 def test_a_merge_does_not_depend_on_the_files(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tests.cluster.s3 import S3Server
 from tests.s3_proxy import Proxy, proxied
 from tests.trainer.kit import Bucket
 from tests.trainer.s3_fixtures import bucket, make_storage, server, shared_bucket, storage
-from tunewright_trainer import s3, s3_writer
+from tunewright_trainer import s3
 from tunewright_trainer.errors import (
     AccessDenied,
     EndpointUnreachable,
@@ -28,6 +28,7 @@ from tunewright_trainer.errors import (
     StorageUnavailable,
     TrainerError,
 )
+from tunewright_trainer.s3_writer import PART_BYTES
 from tunewright_trainer.storage import Storage
 from tunewright_trainer.transfer import Stop
 
@@ -55,7 +56,7 @@ def fetch(storage: Storage, bucket: Bucket, key: str, target: Path, sizes: list[
     return target
 
 
-@pytest.mark.parametrize("size", [0, 1, 5_000_000, s3_writer.PART_BYTES, 2 * s3_writer.PART_BYTES + 7])
+@pytest.mark.parametrize("size", [0, 1, 5_000_000, PART_BYTES, 2 * PART_BYTES + 7])
 def test_a_file_goes_up_and_comes_back(storage: Storage, bucket: Bucket, tmp_path: Path, size: int) -> None:
     """Bytes are the same after a round trip, in one part or many, and progress adds up both ways."""
     source = tmp_path / "source"
@@ -243,7 +244,7 @@ def test_a_disturbance_is_waited_out(bucket: Bucket, proxy: Proxy, tmp_path: Pat
 
 def test_a_truncated_download_is_fetched_again(bucket: Bucket, proxy: Proxy, tmp_path: Path) -> None:
     """A body that ends early is noticed, and only its part comes again."""
-    content = os.urandom(s3_writer.PART_BYTES + 1000)
+    content = os.urandom(PART_BYTES + 1000)
     bucket.put("big", content)
     sizes: list[int] = []
     storage = make_storage(proxy.endpoint)
@@ -314,7 +315,7 @@ def test_a_lost_answer_to_a_put_is_no_other_writer(bucket: Bucket, proxy: Proxy)
 def test_a_stop_ends_a_wait(bucket: Bucket, proxy: Proxy) -> None:
     """SIGTERM during an outage does not wait for the outage."""
     stop = Stop()
-    storage = Storage(make_storage(proxy.endpoint).settings, stop=stop)
+    storage = Storage(make_storage(proxy.endpoint)._settings, stop=stop)
     proxy.always = "503"
     threading.Timer(0.5, stop.request, args=("SIGTERM",)).start()
     started = time.monotonic()

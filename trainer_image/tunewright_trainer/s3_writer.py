@@ -40,7 +40,6 @@ class S3Target:
 
     def put(self, number: int, data: bytearray) -> None:
         """Store a part; see PartTarget."""
-        # botocore takes a bytearray as it is, which its types do not say; as bytes it would be copied.
         if self._size_bytes <= self.part_bytes:
             self._request(
                 lambda: self._client.put_object(Bucket=self._bucket, Key=self._key, Body=data)  # type: ignore[arg-type]
@@ -53,7 +52,7 @@ class S3Target:
                 Key=self._key,
                 UploadId=upload,
                 PartNumber=number + 1,
-                Body=data,  # type: ignore[arg-type]
+                Body=data,  # type: ignore[arg-type]  # boto3 takes a bytearray, its stubs do not know
             )
         )
         self._tags[number + 1] = answer["ETag"]
