@@ -315,7 +315,7 @@ def test_a_lost_answer_to_a_put_is_no_other_writer(bucket: Bucket, proxy: Proxy)
 def test_a_stop_ends_a_wait(bucket: Bucket, proxy: Proxy) -> None:
     """SIGTERM during an outage does not wait for the outage."""
     stop = Stop()
-    storage = Storage(make_storage(proxy.endpoint)._settings, stop=stop)
+    storage = Storage(make_storage(proxy.endpoint).settings, stop=stop)
     proxy.always = "503"
     threading.Timer(0.5, stop.request, args=("SIGTERM",)).start()
     started = time.monotonic()
