@@ -91,8 +91,11 @@ def logit_difference(jobs: Jobs, name: str, tmp_path: Path) -> float:
 
 @pytest.mark.timeout(1800)
 def test_examples_improve_on_the_base_model(jobs: Jobs) -> None:
-    """The examples, side by side, train SmolLM2-135M to a lower evaluation loss than the base model's."""
+    """The examples, side by side, train SmolLM2-135M to a lower loss than the base model's; one is merged as well."""
     names = {}
+    merge = yaml.safe_load((ROOT / "examples" / "merge-gguf.yaml").read_text())
+    merge["spec"]["output"]["uri"] = f"s3://{MODELS}/e2e/merge-gguf"
+    jobs.apply(merge)
     for example in ("sft-lora", "sft-qlora", "sft-full"):
         document = yaml.safe_load((ROOT / "examples" / f"{example}.yaml").read_text())
         assert document["spec"]["model"]["uri"].endswith(SMOLLM2)
@@ -105,6 +108,10 @@ def test_examples_improve_on_the_base_model(jobs: Jobs) -> None:
         assert status["phase"] == "Complete", status
         assert status["evaluation"]["improvement"] > 0.1
         assert jobs.platform.keys(MODELS, f"e2e/{example}/latest.json")
+    merged = jobs.finished(merge["metadata"]["name"], kind="am", timeout=600)
+    assert merged["phase"] == "Complete", merged
+    assert merged["verification"]["passed"]
+    assert merged["output"]["ggufUris"][0].endswith("docstrings-merged-Q8_0.gguf")
 
 
 @pytest.mark.timeout(600)

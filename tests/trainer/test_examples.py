@@ -19,7 +19,8 @@ from tunewright_trainer.protocol import EvaluationEvent, ResultEvent, StepEvent,
 from tunewright_trainer.transfer import Stop, ignore
 
 EXAMPLES = {path.stem: path for path in sorted((ROOT / "examples").glob("*.yaml"))}
-RUNNABLE = [name for name in EXAMPLES if name not in ("secret", "quickstart-gpu")]
+RUNNABLE = [name for name in EXAMPLES if name not in ("secret", "quickstart-gpu") and not name.startswith("merge-")]
+"""Those of merges are run in test_merge_runs.py."""
 
 
 def task_of(name: str, model: Path, folder: Path, **hyperparameters: Any) -> WorkerTask:
