@@ -95,6 +95,7 @@ def test_examples_improve_on_the_base_model(jobs: Jobs) -> None:
     names = {}
     merge = yaml.safe_load((ROOT / "examples" / "merge-gguf.yaml").read_text())
     merge["spec"]["output"]["uri"] = f"s3://{MODELS}/e2e/merge-gguf"
+    merge["spec"]["resources"]["cpu"] = "500m"
     jobs.apply(merge)
     for example in ("sft-lora", "sft-qlora", "sft-full"):
         document = yaml.safe_load((ROOT / "examples" / f"{example}.yaml").read_text())
