@@ -123,6 +123,8 @@ class Observer:
         except NotFound:
             return ObservedReference(other.kind, other.name, "Missing")
         status = other.kind.status.model_validate(document.get("status", {}))
+        if other.kind is ADAPTERMERGE and document.get("spec", {}).get("output", {}).get("adapterOnly"):
+            return ObservedReference(other.kind, other.name, "NoModel")
         if status.output is not None:
             found = status.output
             return ObservedReference(other.kind, other.name, "Complete", manifest_uri=found.manifest_uri, uri=found.uri)

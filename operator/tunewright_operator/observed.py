@@ -145,8 +145,9 @@ class ObservedReference:
 
     kind: Kind
     name: str
-    state: Literal["Missing", "Unfinished", "Complete", "Failed", "Circular"]
-    """Circular: it waits, itself or by way of others, for the one that refers to it."""
+    state: Literal["Missing", "Unfinished", "Complete", "Failed", "Circular", "NoModel"]
+    """Circular: it waits, itself or by way of others, for the one that refers to it. NoModel: it is complete, and its
+    result is an adapter where a model is needed."""
     detail: str = ""
     """Phase of an unfinished one, why one failed, the way round a circle."""
     manifest_uri: str | None = None

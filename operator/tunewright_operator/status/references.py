@@ -46,7 +46,7 @@ def wait(status: RunStatus, seen: tuple[ObservedReference, ...], now: datetime.d
     """
     missing = [other for other in seen if other.manifest_uri is None]
     for other in missing:
-        if other.state in ("Failed", "Circular"):
+        if other.state in ("Failed", "Circular", "NoModel"):
             return Decision(ending.fail(status, Reason.DEPENDENCY_FAILED, _why(other), now))
     if not missing:
         return None
@@ -83,6 +83,11 @@ def _why(other: ObservedReference) -> str:
         return (
             f"these wait for one another, and none can start: {other.detail}. "
             "Create one of them under another name, with a result that is there"
+        )
+    if other.state == "NoModel":
+        return (
+            f"{other.kind.name} {other.name} publishes an adapter (output.adapterOnly), and model.fromMerge needs a "
+            "model: name one without adapterOnly, or go on from the adapter with model.continueFrom"
         )
     return (
         f"{other.kind.name} {other.name}, whose result this one needs, has failed: {other.detail}. Create both again "

@@ -304,6 +304,22 @@ def test_a_failed_merge_fails_what_needs_it() -> None:
     assert message.startswith("AdapterMerge merged, whose result this one needs, has failed: VerificationFailed")
 
 
+async def test_a_merge_that_makes_no_model() -> None:
+    """A combination of adapters is told from a merged model before a pod is started."""
+    store, api = Store(), FakeApi()
+    document = merge_document("merged", output={"uri": "s3://models/out", "adapterOnly": True})
+    store.put_workload(ADAPTERMERGE, stored(document, completionTime=TIME, phase="Complete"))
+    api.documents["merged"] = stored(document, output=MERGED["output"])
+    observer = Observer(api, store, SETTINGS)  # type: ignore[arg-type]
+    job = finetunejob(**FROM_MERGE)
+    seen = await observer.references(Key(FINETUNEJOB, "team-a", "bot"), job.spec, FineTuneJobStatus())
+    await observer.close()
+    status = decide(job, FineTuneJobStatus(), ObservedRun(references=seen), NOW, SETTINGS).status
+    reason, message = condition(status, ConditionType.FAILED)[1:]
+    assert reason == "DependencyFailed"
+    assert message.startswith("AdapterMerge merged publishes an adapter (output.adapterOnly)")
+
+
 async def test_what_is_seen_of_a_merge() -> None:
     """Asked of the API server once it has ended, by its own kind: a FineTuneJob of the name is another matter."""
     store, api = Store(), FakeApi()
