@@ -74,6 +74,7 @@ class StreamWriter:
                 self._send()
             self._wait()
             self._target.complete()
+        # An interrupt too: an upload that was begun must not stay.
         except BaseException:
             self.abort()
             raise
@@ -101,6 +102,7 @@ class StreamWriter:
             if not self._failed.is_set():
                 self._target.put(number, part)
                 hashed()
+        # Whatever ended the part, the others need not be sent any more.
         except BaseException:
             self._failed.set()
             raise

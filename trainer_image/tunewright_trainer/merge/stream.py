@@ -137,6 +137,7 @@ def _write_shards(
                 write(shard.header)
                 for tensor, dtype in shard.tensors:
                     outcomes[tensor.name] = write_tensor(tensor, dtype, pieces.take, write)
+            # An interrupt too: an upload that was begun must not stay.
             except BaseException:
                 writer.abort()
                 raise
@@ -148,6 +149,7 @@ def _write_small(sink: Sink, name: str, data: bytes) -> WrittenFile:
     writer = sink.open(name, len(data))
     try:
         writer.write(data)
+    # As above.
     except BaseException:
         writer.abort()
         raise
