@@ -3,8 +3,8 @@
     python examples/data/make_judged.py [FOLDER]
 
 preference-{train,validation}.jsonl: {"prompt", "chosen", "rejected"}; rejected is the answer to another question.
-labelled-{train,validation}.jsonl: {"text", "label"}; the text is an answer without its first word, the label says
-whether that word was "Return".
+labelled-{train,validation}.jsonl: {"text", "label"}; the text is an answer, the label says whether it tells what a
+function returns or what it does.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def preference(rows: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def labelled(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Return what is left of each answer, with a label for what was taken away."""
-    split = [row["completion"].split(" ", 1) for row in rows]
-    return [{"text": rest, "label": "returns" if verb.startswith("Return") else "acts"} for verb, rest in split]
+    """Return each answer with a label for its verb."""
+    answers = [row["completion"] for row in rows]
+    return [{"text": text, "label": "returns" if text.startswith("Return") else "acts"} for text in answers]
 
 
 def write(folder: Path) -> None:

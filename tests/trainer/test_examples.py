@@ -73,9 +73,9 @@ def test_dpo_learns_preferences_on_a_real_model(tmp_path: Path, train: Train) ->
 @pytest.mark.timeout(900)
 def test_classification_beats_the_majority_on_a_real_model(tmp_path: Path, train: Train) -> None:
     """Always answering the common label is right for 22 of the 30 validation rows, with an F1 of 0.42."""
-    events = train(task_of("classification-lora", smollm2(), tmp_path, maxSteps=100, batchSize=8, maxSequenceLength=32))
-    # Not the loss: of 30 rows, a few that are wrong and sure raise it while more of them become right.
-    after = events.of(EvaluationEvent)[-1]
+    events = train(task_of("classification-lora", smollm2(), tmp_path))
+    before, after = (events.of(EvaluationEvent)[i] for i in (0, -1))
+    assert after.loss < before.loss / 2
     assert after.metrics is not None
-    assert after.metrics["accuracy"] > 22 / 30, after.metrics
-    assert after.metrics["f1"] > 0.55, after.metrics
+    assert after.metrics["accuracy"] > 0.9, after.metrics
+    assert after.metrics["f1"] > 0.9, after.metrics
