@@ -8,6 +8,7 @@ from tests.rule_cases.case import Case, Document, continued, dpo, grpo
 
 PROCESSES = "resources.parallelism FSDP spreads a model over several processes"
 METHOD = "resources.parallelism FSDP is for methods"
+BITS = "resources.parallelism FSDP spreads quantized weights of 4 bits"
 OBJECTIVE = "resources.parallelism FSDP is for objectives"
 FROZEN = "resources.parallelism FSDP keeps all weights of the base frozen"
 DTYPE = "resources.parallelism FSDP does not go with model.dtype Float16"
@@ -34,7 +35,10 @@ SHARDING_RULES = (
         Case(f"FSDP of {kind}", kind in ("Full", "IA3"), spread(method={"type": kind}), METHOD)
         for kind in ("Full", "IA3", "PrefixTuning", "PromptTuning")
     ),
-    Case("FSDP of QLoRA", False, spread(method={"type": "QLoRA", "quantization": {}}), METHOD),
+    Case("FSDP of QLoRA", True, spread(method={"type": "QLoRA", "quantization": {}}), METHOD),
+    Case("FSDP of 4 bits", True, spread(method={"type": "QLoRA", "quantization": {"bits": 4}}), BITS),
+    Case("FSDP of 8 bits", False, spread(method={"type": "QLoRA", "quantization": {"bits": 8}}), BITS),
+    Case("a choice for 8 bits", True, spread("Auto", method={"type": "QLoRA", "quantization": {"bits": 8}}), BITS),
     Case("DDP of QLoRA", True, spread("DDP", method={"type": "QLoRA", "quantization": {}}), METHOD),
     Case("a choice for QLoRA", True, spread("Auto", method={"type": "QLoRA", "quantization": {}}), METHOD),
     Case("FSDP for DPO", True, spread(**dpo()), OBJECTIVE),

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from tests.trainer.conftest import EXCHANGES, Events, MakeTask, task_maker
 from tests.trainer.kit import WRITER, Bucket, bucket_run
@@ -35,6 +35,7 @@ from tunewright_trainer.protocol import (
     parse_event,
     write_task,
 )
+from tunewright_trainer.result import round_adapter
 from tunewright_trainer.storage import Storage
 
 __all__ = ["bucket", "server", "shared_bucket"]
@@ -97,9 +98,44 @@ ONLY_SPREAD: dict[str, dict[str, Any]] = {
         "method": {"type": "Full"},
         "hyperparameters": {"learningRate": 0.0002},
     },
+    "ia3": {"method": {"type": "IA3"}},
+    "coarse": {
+        "rows": LABELLED,
+        "row_format": "Labelled",
+        "objective": {"type": "Classification"},
+        "method": {**LORA, "type": "QLoRA", "quantization": {"type": "FP4", "doubleQuant": False}},
+        "hyperparameters": {"gradientCheckpointing": True},
+    },
+    "continued": {
+        "model": {"uri": "hf://tests/tiny", "dtype": "Float32", "continueFrom": {"uri": "s3://models/first"}},
+        "rows": PAIRS,
+        "row_format": "Preference",
+        "objective": {"type": "DPO"},
+        "method": {"type": "QLoRA", "quantization": {"bits": 4}},
+    },
+    "stopped": {
+        "method": LORA,
+        "validation": VALIDATION,
+        "evaluation": {"strategy": "Steps", "steps": 1, "earlyStopping": {"patience": 2, "minDelta": 10}},
+    },
 }
-SPREAD = {**ONLY_SPREAD, **{name: CASES[name] for name in ("full", "kto", "reward", "classification")}}
+SPREAD = {
+    **ONLY_SPREAD,
+    **{name: CASES[name] for name in ("full", "packing", "qlora", "kto", "reward", "classification")},
+}
 """Cases that are trained with FSDP."""
+_NF4 = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype=torch.float32,
+)
+QUANTIZED = {
+    "qlora": _NF4,
+    "continued": _NF4,
+    "coarse": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_compute_dtype=torch.float32),
+}
+"""How the bases of these cases are quantized."""
 
 
 def scaled(make_task: MakeTask, processes: int, case: dict[str, Any], parallelism: str = "DDP") -> Any:
@@ -107,7 +143,18 @@ def scaled(make_task: MakeTask, processes: int, case: dict[str, Any], parallelis
     given = {**STEPS, "gradientAccumulationSteps": 2 // processes, **case.get("hyperparameters", {})}
     task = make_task(**{**case, "hyperparameters": given})
     scale = {"processes": processes, "parallelism": parallelism}
-    return task.model_copy(update={"run": task.run.model_copy(update=scale)})
+    start = first_adapter(task.model_path) if task.run.model.continue_from is not None else None
+    return task.model_copy(update={"run": task.run.model_copy(update=scale), "adapter_path": start})
+
+
+@cache
+def first_adapter(base: Path) -> Path:
+    """Write an adapter with random weights, to go on from."""
+    torch.manual_seed(0)
+    settings = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), settings)
+    model.save_pretrained(base.parent / "first", save_embedding_layers=False)
+    return base.parent / "first"
 
 
 def alone(tiny: Path, folder: Path, case: dict[str, Any]) -> Events:
@@ -184,7 +231,9 @@ def check_same(case: str, ours: Events, theirs: Events) -> None:
     """Compare the training in two processes with that in one."""
     tolerance = HALF_TOLERANCE if case == "half" else LOSS_TOLERANCE
     assert losses_of(ours) == pytest.approx(losses_of(theirs), abs=tolerance)
-    assert len(ours.of(StepEvent)) == 4
+    assert len(ours.of(StepEvent)) == (3 if case == "stopped" else 4)
+    of_both = [(plan.trainable_parameters, plan.total_parameters) for plan in ours.of(PlanEvent) + theirs.of(PlanEvent)]
+    assert of_both[0] == of_both[1]
     assert len(ours.of(ResultEvent)) == 1
     assert [type(event) for event in ours] == [type(event) for event in theirs]
 
@@ -201,7 +250,7 @@ def test_the_result_of_a_spread_model_is_an_ordinary_one(
     """What two processes held and saved loads in one, with plain transformers and peft, to the recorded logits."""
     assert together[f"fsdp-{case}"].of(ResultEvent)
     output = folder / f"fsdp-{case}" / "output"
-    outputs = {"reward": 1, "classification": 2}.get(case)
+    outputs = {"reward": 1, "classification": 2, "coarse": 2}.get(case)
     kind: Any = AutoModelForCausalLM if outputs is None else AutoModelForSequenceClassification
     head = {} if outputs is None else {"num_labels": outputs, "pad_token_id": 2}
     if (output / "model").is_dir():
@@ -210,7 +259,10 @@ def test_the_result_of_a_spread_model_is_an_ordinary_one(
         assert "distributed_config" not in config
         model = kind.from_pretrained(output / "model", dtype=torch.float32)
     else:
-        model = PeftModel.from_pretrained(kind.from_pretrained(tiny, dtype=torch.float32, **head), output / "adapter")
+        base = kind.from_pretrained(tiny, dtype=torch.float32, quantization_config=QUANTIZED.get(case), **head)
+        model = PeftModel.from_pretrained(base, output / "adapter")
+    if case in QUANTIZED:
+        round_adapter(model)  # TRL trains it in bfloat16
     probe = load_file(output / "probe.safetensors")
     ids = probe["input_ids"]
     with torch.inference_mode():

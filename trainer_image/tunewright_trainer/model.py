@@ -25,7 +25,7 @@ from tunewright_api.run_config import TrainRun
 from tunewright_api.v1alpha1.method import Quantization
 from tunewright_trainer.errors import InvalidModel
 from tunewright_trainer.hardware import Precision
-from tunewright_trainer.sharding import draw_missing
+from tunewright_trainer.sharding import draw_missing, spread_quantized
 from tunewright_trainer.stored_quantization import stored_quantization, with_compute_dtype
 
 _ATTENTION = {"Auto": None, "Eager": "eager", "SDPA": "sdpa"}
@@ -94,6 +94,7 @@ def load_model(
         config = AutoConfig.from_pretrained(path, **head, local_files_only=True, trust_remote_code=False)
         with_compute_dtype(config, str(precision.quantized_compute).removeprefix("torch."))
         quantization = run.quantization if stored_quantization(config) is None else None
+        spread_in_loading = sharding is not None and run.quantization is None
         model: PreTrainedModel
         model, loaded = kind.from_pretrained(
             path,
@@ -101,7 +102,11 @@ def load_model(
             dtype=weights,
             attn_implementation=_ATTENTION[run.model.attention],
             quantization_config=quantization_config(quantization, precision) if quantization else None,
-            **({"device_map": {"": device}} if sharding is None else {"distributed_config": sharding}),
+            **(
+                {"distributed_config": sharding}
+                if spread_in_loading
+                else {"device_map": {"": device if sharding is None else "cpu"}}
+            ),
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
@@ -117,8 +122,10 @@ def load_model(
             + (f", such as a head with another number of outputs than {len(outputs)}" if outputs is not None else "")
             + ": set model.uri to the model that it was made from"
         ) from error
-    if sharding is not None:
+    if spread_in_loading:
         draw_missing(model, loaded["missing_keys"], run.hyperparameters.seed)
+    elif sharding is not None:
+        spread_quantized(model, sharding)
     for module in model.modules():
         if isinstance(module, Linear4bit):
             # On CPUs with avx512_bf16 the first evaluation would repack the weights for inference: rounded, and for

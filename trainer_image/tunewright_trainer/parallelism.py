@@ -15,6 +15,8 @@ WEIGHTS_SHARE = 0.8
 _HEADS = frozenset({"score", "classifier"})
 """Names of the heads that peft saves with an adapter."""
 _FLOAT32_BYTES = 4
+_QUANTIZED_BYTES = 0.6
+"""Of a weight of a base in 4 bits: half a byte, and its part of the scales and of what stays in 16 bits."""
 _STATE_BYTES = {"AdamW": 8, "SGD": 0}
 """Of an optimizer for each trained weight: AdamW keeps two float32 averages, SGD without momentum keeps nothing."""
 
@@ -81,6 +83,8 @@ def what_keeps_from_sharding(run: TrainRun) -> str | None:
     """
     if run.method not in FSDP_METHODS:
         return f"method {run.method}"
+    if run.quantization is not None and run.quantization.bits != 4:
+        return f"method.quantization.bits {run.quantization.bits}"
     if run.objective.type not in FSDP_OBJECTIVES:
         return f"objective {run.objective.type}"
     if run.model.dtype == "Float16":
@@ -107,6 +111,8 @@ def training_bytes(run: TrainRun, parameters: int, weight_bytes: int) -> int:
 
     An adapter's own weights are a few per cent at most and not counted; a reference model is, where one is loaded.
     """
+    if run.quantization is not None:
+        return round(parameters * (_QUANTIZED_BYTES if run.quantization.bits == 4 else 1))
     if run.method != "Full":
         return parameters * weight_bytes
     trained = 2 * _FLOAT32_BYTES + _STATE_BYTES[run.hyperparameters.optimizer]

@@ -29,7 +29,7 @@ from tunewright_trainer.preflight import check_model
 from tunewright_trainer.protocol import PlanEvent, ResultEvent, StageEvent, WorkerTask
 from tunewright_trainer.rows import TokenFile
 from tunewright_trainer.selection import Selection, is_last_step_evaluated
-from tunewright_trainer.sharding import let_go, local, sharded_over
+from tunewright_trainer.sharding import let_go, local, packed_away, sharded_over
 from tunewright_trainer.world import ALONE, World
 
 _REPORTED_VERSIONS = (
@@ -286,7 +286,7 @@ def plan_of(setup: Setup, model: PreTrainedModel | PeftModel, total_steps: int, 
         total_steps=total_steps,
         dtype=setup.precision.name,
         trainable_parameters=trainable,
-        total_parameters=total,
+        total_parameters=total + packed_away(model),
         target_modules=targets,
         train_rows=rows.rows,
         dropped_rows=rows.dropped,

@@ -1,9 +1,9 @@
 """A model that several processes hold together (FSDP2): what differs from one that each of them holds by itself.
 
-transformers spreads the weights of a base while it loads them, and its trainer exchanges the gradients; an adapter that
-is put on it afterwards is small and stays whole in every process. Nothing here depends on the device: the same calls
-run over NCCL on GPUs and over gloo on CPUs. What runs the model is done by all processes at once, because each layer
-is gathered from all of them.
+transformers spreads the weights of a base while it loads them (those in 4 bits right after), and its trainer exchanges
+the gradients; an adapter that is put on it afterwards is small and stays whole in every process. Nothing here depends
+on the device: the same calls run over NCCL on GPUs and over gloo on CPUs. What runs the model is done by all processes
+at once, because each layer is gathered from all of them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn.modules import Linear4bit
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -74,6 +75,47 @@ def local(weight: torch.Tensor) -> torch.Tensor:
 def is_sharded(model: nn.Module) -> bool:
     """Tell whether any weight of a model is spread over processes."""
     return any(isinstance(weight, DTensor) for weight in model.parameters())
+
+
+def spread_quantized(model: PreTrainedModel, sharding: DistributedConfig) -> None:
+    """Spread a base in 4 bits, which every process has loaded all of, and move its shares to the devices that train.
+
+    Spread while it is loaded, each share would be quantized by itself, with scales of its own. Packed whole, weights
+    are bytes that FSDP spreads and gathers like any others; the scales, a few per cent of them, stay in every process,
+    where bitsandbytes finds them through the layer.
+
+    Args:
+        model: In main memory, because it need not fit a GPU.
+        sharding: As `sharded_over` gave it.
+    """
+    _, device, mesh = model.prepare_distribute_model(sharding)
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    for layer in layers:
+        layer.quant_state = layer.weight.quant_state
+        layer.quant_state.to(device)
+        layer.weight = nn.Parameter(layer.weight.detach().as_subclass(torch.Tensor), requires_grad=False)
+    # As in loading, where what is tied is spread as if it were not, and tied afterwards.
+    for name in model.all_tied_weights_keys:
+        owner, _, part = name.rpartition(".")
+        setattr(model.get_submodule(owner), part, nn.Parameter(model.get_parameter(name).to("meta")))
+    model.maybe_distribute_model(model, sharding, mesh)
+    model.tie_weights(recompute_mapping=False)
+    # Where accelerate expects a quantized model to be.
+    model.hf_device_map = {"": device}  # type: ignore[assignment]  # an attribute that is set from outside there, too
+    for layer in layers:
+        # peft reads how a layer is quantized from its weight.
+        layer.weight.compress_statistics = layer.quant_state.nested
+        layer.weight.quant_type = layer.quant_state.quant_type
+
+
+def packed_away(model: nn.Module) -> int:
+    """Return how many weights a spread model has more than numbers: those in 4 bits are two to a byte."""
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    return sum(
+        layer.in_features * layer.out_features - layer.weight.numel()
+        for layer in layers
+        if isinstance(layer.weight, DTensor)
+    )
 
 
 @torch.no_grad()

@@ -39,9 +39,9 @@ WITH_HEAD: tuple[ObjectiveType, ...] = ("Reward", "Classification")
 """Objectives whose models have a head on the last token; the others' write tokens."""
 COMPARED_WITH_START: tuple[ObjectiveType, ...] = ("DPO", "KTO", "GRPO", "PPO")
 """Objectives whose reference is the model without its adapter, or with the adapter that it goes on from."""
-FSDP_METHODS: tuple[MethodType, ...] = ("Full", "LoRA", "IA3")
-"""Methods that a model spread over processes is trained with: bitsandbytes' weights cannot be spread while they are
-loaded, and virtual tokens are put in before the first layer gathers its weights."""
+FSDP_METHODS: tuple[MethodType, ...] = ("Full", "LoRA", "QLoRA", "IA3")
+"""Methods that a model spread over processes is trained with: virtual tokens are put in before the first layer gathers
+its weights."""
 FSDP_OBJECTIVES: tuple[ObjectiveType, ...] = ("SFT", "DPO", "KTO", "Reward", "Classification")
 """Objectives that such a model is trained for; the others' answers would gather all weights for each token."""
 FSDP_OPTIMIZERS: tuple[Optimizer, ...] = ("AdamW", "SGD")
@@ -183,6 +183,11 @@ _FSDP_RULES = (
         f"self.method.type in [{_listed(FSDP_METHODS)}]",
         f"is for methods {', '.join(FSDP_METHODS)}: set it to DDP, or take one of these",
         lambda s: s.method.type in FSDP_METHODS,
+    ),
+    _with_fsdp(
+        "!has(self.method.quantization) || !has(self.method.quantization.bits) || self.method.quantization.bits == 4",
+        "spreads quantized weights of 4 bits: set method.quantization.bits to 4, or it to DDP",
+        lambda s: s.method.quantization is None or s.method.quantization.bits == 4,
     ),
     _with_fsdp(
         f"{_OBJECTIVE} in [{_listed(FSDP_OBJECTIVES)}]",

@@ -20,7 +20,7 @@ SPEC: dict[str, Any] = {
 BLOCKS: dict[str, dict[str, Any]] = {
     "PrefixTuning": {"method": {"type": "PrefixTuning"}},
     "PromptTuning": {"method": {"type": "PromptTuning"}},
-    "QLoRA": {"method": {"type": "QLoRA", "quantization": {}}},
+    "bits 8": {"method": {"type": "QLoRA", "quantization": {"bits": 8}}},
     "GRPO": {"objective": {"type": "GRPO", "grpo": {"rewards": [{"type": "JSON"}]}}},
     "Float16": {"model": {"uri": "hf://org/model", "dtype": "Float16"}},
     "modulesToSave": {"method": {"type": "LoRA", "lora": {"modulesToSave": ["lm_head"]}}},
@@ -47,10 +47,20 @@ def chosen(run: TrainRun, parameters: int = 70 * BILLION, gpu_bytes: int | None 
         ({"method": {"type": "Full"}, "hyperparameters": {"optimizer": "SGD"}}, 8),
         ({"method": {"type": "Full"}, "objective": {"type": "DPO"}}, 20),
         ({"method": {"type": "LoRA"}, "objective": {"type": "DPO"}}, 2),
+        ({"method": {"type": "QLoRA", "quantization": {}}}, 0.6),
+        ({"method": {"type": "QLoRA", "quantization": {"bits": 8}}}, 1),
     ],
-    ids=["LoRA", "all weights with AdamW", "with SGD", "with a reference", "the adapter switched off as reference"],
+    ids=[
+        "LoRA",
+        "all weights with AdamW",
+        "with SGD",
+        "with a reference",
+        "the adapter switched off as reference",
+        "4 bits",
+        "8 bits",
+    ],
 )
-def test_memory_of_a_whole_model(spec: dict[str, Any], bytes_of_each: int) -> None:
+def test_memory_of_a_whole_model(spec: dict[str, Any], bytes_of_each: float) -> None:
     """Weights, their gradients, the optimizer's averages, and a second model as reference."""
     assert training_bytes(run_of(**spec), 7 * BILLION, 2) == 7 * BILLION * bytes_of_each
 
