@@ -33,7 +33,7 @@ from tunewright_api.v1alpha1.adaptermerge import AdapterSource
 from tunewright_cli.kubectl_yaml import read_documents
 from tunewright_cli.main import app
 from tunewright_trainer import supervisor
-from tunewright_trainer.merge import product
+from tunewright_trainer.merge import four_bits, product
 from tunewright_trainer.merge.adapter import Adapter
 from tunewright_trainer.merge.checkpoint import Checkpoint
 from tunewright_trainer.merge.gguf_tools import TOOLS_VARIABLE
@@ -206,6 +206,33 @@ def test_a_combination_is_published_as_an_adapter(inputs: Bucket, storage: Stora
     again = run(inputs, merge_settings(tmp_path / "again", inputs, writer="bbbbbbbb"), **given)
     assert (again.reason, again.cached, again.output) == ("Cached", True, report.output)
     assert (again.merge, again.verification) == (report.merge, report.verification)
+
+
+def test_into_what_a_quantized_base_was(bucket: Bucket, storage: Storage, tiny: Path, tmp_path: Path) -> None:
+    """An adapter of QLoRA is merged into the base as it saw it, which its run.json tells: layers that it acts on come
+    back from 4 bits with the change added, others are the base's; `verify` merges and compares logits again."""
+    upload_folder(bucket, tiny, "base")
+    quantization = {"bits": 4, "type": "FP4", "doubleQuant": False}
+    document = {"run": {"method": "QLoRA", "quantization": quantization}}
+    publish_adapter(storage, ADAPTERS, write_adapter(tmp_path / "adapter", BASE), BASE, **document)
+    report = run(bucket, merge_settings(tmp_path / "work", bucket), quantizedBase="Dequantized", dtype="Float32")
+    assert (report.exit_code, report.reason) == (0, "Succeeded"), report.message
+    key = f"out/{report.run_key}/{WRITER}/merged/model.safetensors"
+    bucket.client.download_file("tests", key, str(tmp_path / "merged.safetensors"))
+    before, after = load_file(tiny / "model.safetensors"), load_file(tmp_path / "merged.safetensors")
+    name, other = "model.layers.1.mlp.down_proj", "model.layers.1.mlp.up_proj.weight"
+    seen = four_bits.code_of("FP4")
+    scales = four_bits.block_scales(before[f"{name}.weight"].reshape(-1))
+    factors = adapter_tensors(1)
+    a, b = (factors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+    base = (after[f"{name}.weight"] - 2 * (b @ a)).reshape(-1, 64) / scales[:, None]
+    assert np.abs(base[..., None] - seen).min(axis=-1).max() < 1e-4
+    np.testing.assert_array_equal(after[other], before[other])
+    arguments = ["verify", OUT, "--logits", "--endpoint", bucket.server.endpoint]
+    checked = CliRunner().invoke(app, arguments, env=bucket.environment)
+    assert checked.exit_code == 0, checked.output
+    for line in ("files     passed", "weights   passed", "logits    passed"):
+        assert line in checked.output
 
 
 def test_on_this_machine(tiny: Path, tmp_path: Path) -> None:
