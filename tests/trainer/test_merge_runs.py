@@ -213,7 +213,7 @@ def test_into_what_a_quantized_base_was(bucket: Bucket, storage: Storage, tiny: 
     back from 4 bits with the change added, others are the base's; `verify` merges and compares logits again."""
     upload_folder(bucket, tiny, "base")
     quantization = {"bits": 4, "type": "FP4", "doubleQuant": False}
-    document = {"run": {"method": "QLoRA", "quantization": quantization}}
+    document: dict[str, Any] = {"run": {"method": "QLoRA", "quantization": quantization}}
     publish_adapter(storage, ADAPTERS, write_adapter(tmp_path / "adapter", BASE), BASE, **document)
     report = run(bucket, merge_settings(tmp_path / "work", bucket), quantizedBase="Dequantized", dtype="Float32")
     assert (report.exit_code, report.reason) == (0, "Succeeded"), report.message
