@@ -1,7 +1,8 @@
 """What a merge costs, against peft's and against a plain copy: `make bench-merge`.
 
 `smollm2` merges a LoRA adapter (rank 16, all linear layers) into SmolLM2-135M, from folder to folder, by us and by the
-usual script on peft. Both are timed as whole processes, imports included: that is what a pod pays.
+usual script on peft; `3b-peft` does the same with a random checkpoint of 3.2 billion parameters. Both sides are timed
+as whole processes, imports included: that is what a pod pays.
 
 `3b` and `7b` merge such adapters into random bfloat16 checkpoints in 5 shards that the benchmark makes, from S3 to S3
 (SeaweedFS on this machine), and are timed against copying the same bytes through the same client: reading every byte
@@ -32,12 +33,15 @@ from bench.merge.place import ENDPOINT, storage
 from tests.cluster.model import smollm2
 from tests.cluster.s3 import S3Server
 from tests.trainer.kit import make_bucket
-from tunewright_trainer.merge.sinks import StorageSink
+from tunewright_trainer.merge.sinks import FolderSink, StorageSink
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results.json"
 LOCAL = "smollm2"
-RECORDED = (LOCAL, "3b", "7b")
+AGAINST_PEFT = "-peft"
+"""End of the names of the other rows that go from folder to folder."""
+ROWS = (LOCAL, *(f"{name}{AGAINST_PEFT}" for name in SHAPES if name != LOCAL), *(n for n in SHAPES if n != LOCAL))
+RECORDED = (LOCAL, f"3b{AGAINST_PEFT}", "3b", "7b")
 LIMIT_MIB = 600
 Numbers = dict[str, Any]
 
@@ -46,7 +50,7 @@ def main() -> int:
     """Measure the rows that are asked for, write each into results.json, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--rows", type=names, default=list(RECORDED), help=f"some of {','.join(SHAPES)}; default: recorded ones"
+        "--rows", type=names, default=list(RECORDED), help=f"some of {','.join(ROWS)}; default: recorded ones"
     )
     parser.add_argument("--pairs", type=int, default=3, help="runs of each side")
     parser.add_argument("--data", type=Path, help="folder for the data, three times a model's size; default: temporary")
@@ -55,7 +59,7 @@ def main() -> int:
     for name in given.rows:
         before = conditions()
         with tempfile.TemporaryDirectory(dir=given.data) as folder:
-            measure = against_peft if name == LOCAL else against_copy
+            measure = against_peft if is_local(name) else against_copy
             numbers = measure(name, Path(folder), given.pairs)
         keep(given.results, name, {**before, **numbers})
         print_row(name, numbers)
@@ -64,23 +68,36 @@ def main() -> int:
 
 def names(text: str) -> list[str]:
     """Parse --rows."""
-    unknown = [name for name in text.split(",") if name not in SHAPES]
+    unknown = [name for name in text.split(",") if name not in ROWS]
     if unknown:
-        raise argparse.ArgumentTypeError(f"no row is called {', '.join(unknown)}: there are {', '.join(SHAPES)}")
+        raise argparse.ArgumentTypeError(f"no row is called {', '.join(unknown)}: there are {', '.join(ROWS)}")
     return text.split(",")
+
+
+def is_local(name: str) -> bool:
+    """Tell whether a row goes from folder to folder, and is compared with peft."""
+    return name == LOCAL or name.endswith(AGAINST_PEFT)
 
 
 def against_peft(name: str, work: Path, pairs: int) -> Numbers:
     """Compare with the usual script, both as whole processes."""
-    write_adapter(SHAPES[name], work / "adapter")
-    arguments = (str(smollm2()), str(work / "adapter"))
+    shape = SHAPES[name.removesuffix(AGAINST_PEFT)]
+    write_adapter(shape, work / "adapter")
+    base = smollm2()
+    if name != LOCAL:
+        write_base(shape, FolderSink(work / "base"))
+        for path in base.glob("*token*"):
+            shutil.copy(path, work / "base")
+        base = work / "base"
+    arguments = (str(base), str(work / "adapter"))
 
     def run(module: str) -> Numbers:
         numbers = timed(module, *arguments, str(work / "merged"))
         shutil.rmtree(work / "merged")
         return numbers
 
-    return compare(pairs, "peft", lambda: run("ours"), lambda: run("plain_peft"))
+    numbers = compare(pairs, "peft", lambda: run("ours"), lambda: run("plain_peft"))
+    return {"parameters": shape.parameters(), **numbers}
 
 
 def against_copy(name: str, work: Path, pairs: int) -> Numbers:
@@ -143,13 +160,13 @@ def keep(results: Path, name: str, numbers: Numbers) -> None:
     """Put a row into the file; the others stay as they are."""
     rows: dict[str, Numbers] = json.loads(results.read_text())["rows"] if results.exists() else {}
     rows[name] = numbers
-    ordered = {name: rows[name] for name in SHAPES if name in rows}
+    ordered = {name: rows[name] for name in ROWS if name in rows}
     results.write_text(json.dumps({"rows": ordered}, indent=2) + "\n")
 
 
 def print_row(name: str, numbers: Numbers) -> None:
     """Print what was measured."""
-    other = "peft" if name == LOCAL else "copy"
+    other = "peft" if is_local(name) else "copy"
     ratio, peak = numbers[f"seconds_to_{other}"], numbers["peak_mib"]
     print(f"{name}: {ratio:.2f} times the seconds of {other}, peak RSS {peak:.0f} MiB (limit {LIMIT_MIB})")
 

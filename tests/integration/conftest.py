@@ -141,6 +141,11 @@ class Api:
         """Delete an object and what it owns."""
         self.call("DELETE", self.path(kind, name), {"propagationPolicy": "Background", **options})
 
+    def end_deletion(self, pod: str) -> None:
+        """Remove a pod that is being deleted, as a kubelet does; it may be gone already."""
+        response = self.client.request("DELETE", self.path("pods", pod), json={"gracePeriodSeconds": 0})
+        assert response.status_code in (200, 404), response.text
+
     def status(self, name: str) -> Document:
         """Return the status of a workload."""
         document = self.get(self.workloads, name)
