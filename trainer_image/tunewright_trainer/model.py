@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -84,34 +85,14 @@ def load_model(
     Raises:
         InvalidModel: The files are missing, damaged, or of an architecture that is not known.
     """
-    kind: Any = AutoModelForCausalLM
     head: dict[str, Any] = {}
     if outputs is not None:
-        kind = AutoModelForSequenceClassification
         head = {"num_labels": len(outputs), "id2label": dict(enumerate(outputs))}
         head["label2id"] = {name: number for number, name in head["id2label"].items()}
     try:
         config = AutoConfig.from_pretrained(path, **head, local_files_only=True, trust_remote_code=False)
         with_compute_dtype(config, str(precision.quantized_compute).removeprefix("torch."))
-        quantization = run.quantization if stored_quantization(config) is None else None
-        spread_in_loading = sharding is not None and run.quantization is None
-        model: PreTrainedModel
-        model, loaded = kind.from_pretrained(
-            path,
-            config=config,
-            dtype=weights,
-            attn_implementation=_ATTENTION[run.model.attention],
-            quantization_config=quantization_config(quantization, precision) if quantization else None,
-            **(
-                {"distributed_config": sharding}
-                if spread_in_loading
-                else {"device_map": {"": device if sharding is None else "cpu"}}
-            ),
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        model, missing = _read(path, config, run, precision, weights, device, sharding, has_head=outputs is not None)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise InvalidModel(f"the model {run.model.uri} cannot be loaded: {error}") from error
     except RuntimeError as error:
@@ -122,8 +103,8 @@ def load_model(
             + (f", such as a head with another number of outputs than {len(outputs)}" if outputs is not None else "")
             + ": set model.uri to the model that it was made from"
         ) from error
-    if spread_in_loading:
-        draw_missing(model, loaded["missing_keys"], run.hyperparameters.seed)
+    if sharding is not None and run.quantization is None:
+        draw_missing(model, missing, run.hyperparameters.seed)
     elif sharding is not None:
         spread_quantized(model, sharding)
     for module in model.modules():
@@ -132,6 +113,41 @@ def load_model(
             # good without a gradient through the layer, so that training after an evaluation learns wrongly.
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def _read(
+    path: Path,
+    config: PretrainedConfig,
+    run: TrainRun,
+    precision: Precision,
+    weights: torch.dtype,
+    device: int | str,
+    sharding: DistributedConfig | None,
+    *,
+    has_head: bool,
+) -> tuple[PreTrainedModel, set[str]]:
+    """Return the model, and the names of the weights that the files do not have.
+
+    Quantized weights that are to be spread are read whole into main memory: they need not fit a GPU.
+    """
+    quantization = run.quantization if stored_quantization(config) is None else None
+    place: dict[str, Any] = {"device_map": {"": device}}
+    if sharding is not None:
+        place = {"distributed_config": sharding} if run.quantization is None else {"device_map": {"": "cpu"}}
+    kind: Any = AutoModelForSequenceClassification if has_head else AutoModelForCausalLM
+    model, loaded = kind.from_pretrained(
+        path,
+        config=config,
+        dtype=weights,
+        attn_implementation=_ATTENTION[run.model.attention],
+        quantization_config=quantization_config(quantization, precision) if quantization else None,
+        **place,
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    return model, loaded["missing_keys"]
 
 
 def quantization_config(quantization: Quantization, precision: Precision) -> BitsAndBytesConfig:
