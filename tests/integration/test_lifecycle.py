@@ -150,8 +150,7 @@ def test_deletion(api: Api, operator: Operator) -> None:
     api.create(finetunejob("bot"))
     start_pod(api, "bot")
     api.delete("finetunejobs", "bot")
-    # In a new cluster it takes the garbage collector a while to learn of new kinds of owners.
-    wait(lambda: not api.items("jobs"), "removal of the Job", limit=120)
+    wait(lambda: not api.items("jobs"), "removal of the Job")
     finish_deletion(api)
     time.sleep(1)
     assert api.items("jobs") == []
